@@ -1,0 +1,158 @@
+"""
+Advantages as pure functions on tensors: sequence-level baselines, generalised advantage estimation (GAE), whitening and
+priority-sampling weights.
+"""
+
+import torch
+from torch import Tensor
+
+
+BASELINES = ("value", "group_mean", "leave_one_out", "batch_mean", "none")
+
+
+def sequence_advantages(
+    rewards: Tensor, *, group_ids: Tensor | None = None, values: Tensor | None = None, baseline: str = "value"
+) -> Tensor:
+    """
+    Advantage of each whole completion: its reward minus a baseline.
+
+    | `baseline` | subtracted from the reward |
+    | --- | --- |
+    | `"value"` | `values`: the reference policy's value of the prompt, as A-LoL does |
+    | `"group_mean"` | mean reward of the completions of the same prompt |
+    | `"leave_one_out"` | mean reward of the *other* completions of the same prompt, as RLOO does |
+    | `"batch_mean"` | mean reward of the batch |
+    | `"none"` | nothing |
+
+    A NaN reward means "not scored": its advantage is 0 and it takes part in no baseline. With `"leave_one_out"` the
+    only scored member of a group has advantage 0.
+
+    Args:
+        rewards (`torch.Tensor`):
+            One reward per completion, of shape `(batch,)`.
+        group_ids (`torch.Tensor`, *optional*):
+            Integer that is equal for the completions of one prompt, of shape `(batch,)`. Required by `"group_mean"`
+            and `"leave_one_out"`.
+        values (`torch.Tensor`, *optional*):
+            Value of each completion's prompt, of shape `(batch,)`. Required by `"value"`.
+        baseline (`str`, *optional*, defaults to `"value"`):
+            One of the rows above.
+
+    Returns:
+        `torch.Tensor`: One advantage per completion, of shape `(batch,)`.
+
+    Raises:
+        `ValueError`: If `baseline` is unknown or the tensor that it needs is missing.
+    """
+    scored = ~rewards.isnan()
+    known = rewards.masked_fill(~scored, 0.0)
+    if baseline == "value":
+        if values is None:
+            raise ValueError('`baseline="value"` needs `values`, one per completion. Pass them or pick another baseline.')
+        subtracted = values
+    elif baseline in ("group_mean", "leave_one_out"):
+        if group_ids is None:
+            raise ValueError(f'`baseline="{baseline}"` needs `group_ids`, equal for the completions of one prompt.')
+        _, index = group_ids.unique(return_inverse=True)
+        groups = int(index.max()) + 1 if index.numel() else 0
+        total = known.new_zeros(groups).index_add(0, index, known)[index]
+        count = known.new_zeros(groups).index_add(0, index, scored.to(known))[index]
+        if baseline == "group_mean":
+            subtracted = total / count.clamp(min=1)
+        else:
+            subtracted = (total - known) / (count - 1).clamp(min=1)
+            scored = scored & (count > 1)
+    elif baseline == "batch_mean":
+        subtracted = known.sum() / scored.sum().clamp(min=1)
+    elif baseline == "none":
+        subtracted = torch.zeros_like(known)
+    else:
+        raise ValueError(f"Unknown `baseline` {baseline!r}. Use one of {', '.join(map(repr, BASELINES))}.")
+    return (known - subtracted).masked_fill(~scored, 0.0)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+    """
+    Generalised advantage estimation ([Schulman et al., 2016](https://huggingface.co/papers/1506.02438), Eq. 16):
+    A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} − V_t, with V = 0 after the last token.
+
+    Masked-out positions, also in the middle of a sequence, are passed over as if they were not there.
+
+    Args:
+        rewards (`torch.Tensor`):
+            Reward of each token, of shape `(batch, completion_len)`.
+        values (`torch.Tensor`):
+            Value of the state before each token, same shape.
+        mask (`torch.Tensor`):
+            1 for completion tokens and 0 elsewhere, same shape.
+        gamma (`float`, *optional*, defaults to `1.0`):
+            Discount γ.
+        lam (`float`, *optional*, defaults to `0.95`):
+            Trace decay λ.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Advantages and returns (advantage + value), both of shape
+        `(batch, completion_len)` and 0 where masked out. Neither carries a gradient.
+    """
+    mask = mask.bool()
+    rewards = rewards.detach().masked_fill(~mask, 0.0)
+    values = values.detach().masked_fill(~mask, 0.0)
+    next_value = torch.zeros_like(values[:, 0])
+    next_advantage = torch.zeros_like(next_value)
+    advantages = torch.zeros_like(values)
+    for t in reversed(range(values.size(1))):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * next_advantage
+        advantages[:, t] = torch.where(mask[:, t], advantage, 0.0)
+        next_advantage = torch.where(mask[:, t], advantage, next_advantage)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+    return advantages, advantages + values
+
+
+def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """
+    Scale `x` to unit variance, and to zero mean unless told otherwise, over the positions of `mask`.
+
+    Args:
+        x (`torch.Tensor`):
+            Values to whiten, of any shape.
+        mask (`torch.Tensor`):
+            1 for the positions that count and 0 elsewhere, same shape.
+        shift_mean (`bool`, *optional*, defaults to `True`):
+            Whether to subtract the mean. `False` keeps it, which is how rewards are whitened.
+
+    Returns:
+        `torch.Tensor`: The whitened values, 0 where masked out. The variance is Bessel-corrected; a single value, or
+        equal values, have no scale and come out as their distance from the mean (plus the mean if it is kept).
+    """
+    mask = mask.bool()
+    x = x.masked_fill(~mask, 0.0)
+    count = mask.sum()
+    mean = x.sum() / count.clamp(min=1)
+    centred = (x - mean).masked_fill(~mask, 0.0)
+    variance = centred.square().sum() / (count - 1).clamp(min=1)
+    whitened = centred * torch.rsqrt(variance + 1e-8)
+    return whitened if shift_mean else (whitened + mean).masked_fill(~mask, 0.0)
+
+
+def priority_weights(advantages: Tensor) -> Tensor:
+    """
+    Unnormalised sampling weights of A-LoL's priority sampling: max(A, 0).
+
+    Args:
+        advantages (`torch.Tensor`):
+            One advantage per completion, of shape `(batch,)`.
+
+    Returns:
+        `torch.Tensor`: Non-negative weights, of shape `(batch,)`.
+
+    Raises:
+        `ValueError`: If no advantage is positive, so that nothing could be drawn.
+    """
+    weights = advantages.clamp(min=0)
+    if not (weights > 0).any():
+        raise ValueError(
+            f"None of the {advantages.numel()} advantages is positive, so there is nothing to train on. Check that a "
+            "higher reward means a better completion, and that the baseline is on the scale of the rewards."
+        )
+    return weights

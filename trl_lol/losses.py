@@ -1,0 +1,112 @@
+"""
+The papers' objectives as pure functions on tensors.
+
+Each function returns per-example losses, without reducing over the batch. Positions where `mask` is 0 never reach the
+result or a gradient, whatever they hold (padding, NaN, infinities). Log-probabilities are in nats, and a sequence's
+log-probability is the sum over its completion tokens.
+"""
+
+import torch
+from torch import Tensor
+
+
+ALOL_LOSS_TYPES = ("alol", "alol_seq", "alol_ref_free", "alol_kl", "wbc", "r_gold", "r_lol", "nll")
+
+
+def importance_ratio(log_ratio: Tensor, epsilon: float | None = None) -> Tensor:
+    """
+    Importance ratio ρ = π_θ/π_ref from its logarithm, without gradient, clamped to [1−ε, 1+ε].
+
+    This is the plain clamp of the A-LoL paper, not PPO's minimum: an example whose ratio is clamped keeps its gradient.
+
+    Args:
+        log_ratio (`torch.Tensor`):
+            ln π_θ − ln π_ref in nats, of any shape.
+        epsilon (`float`, *optional*):
+            Clamping range ε. If `None`, the ratio is not clamped.
+
+    Returns:
+        `torch.Tensor`: The ratio, of the shape of `log_ratio`.
+    """
+    ratio = log_ratio.detach().exp()
+    return ratio if epsilon is None else ratio.clamp(1 - epsilon, 1 + epsilon)
+
+
+def alol_loss(
+    logps: Tensor,
+    ref_logps: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    *,
+    loss_type: str = "alol",
+    epsilon: float | None = 0.9,
+    beta: float = 0.0,
+    clamp: bool = True,
+) -> Tensor:
+    r"""
+    Advantage-Leftover Lunch loss of each sequence ([Baheti et al., 2024](https://huggingface.co/papers/2305.14718)):
+    A⁺ · Σ_t ρ_t · (−ln π_θ(y_t|x,y_<t)), where A⁺ = max(A, 0) and ρ carry no gradient.
+
+    | `loss_type` | ρ | weight | extra term |
+    | --- | --- | --- | --- |
+    | `"alol"` | one per sequence, clamp(π_θ(y)/π_ref(y), 1−ε, 1+ε) | A⁺ | |
+    | `"alol_seq"` | one per token, clamp(π_θ(y_t)/π_ref(y_t), 1−ε, 1+ε) | A⁺ | |
+    | `"alol_ref_free"` | 1 | A⁺ | |
+    | `"alol_kl"` | 1 | A⁺ | β · ln(π_θ(y)/π_ref(y)) |
+    | `"wbc"` | 1 | R | |
+    | `"r_gold"` | per token, max(π_θ(y_t), 0.1) | R | |
+    | `"r_lol"` | as `"alol"` | R | |
+    | `"nll"` | 1 | 1 | |
+
+    Args:
+        logps (`torch.Tensor`):
+            Per-token log-probabilities of the policy, of shape `(batch, completion_len)`.
+        ref_logps (`torch.Tensor`):
+            Per-token log-probabilities of the reference, same shape. Used by `"alol"`, `"alol_seq"`, `"alol_kl"` and
+            `"r_lol"` only.
+        mask (`torch.Tensor`):
+            1 for completion tokens and 0 elsewhere, same shape.
+        advantages (`torch.Tensor`):
+            One advantage per sequence, of shape `(batch,)`; the raw reward R for `"wbc"`, `"r_gold"` and `"r_lol"`.
+        loss_type (`str`, *optional*, defaults to `"alol"`):
+            One of the rows above. The last four are the baselines of the paper.
+        epsilon (`float`, *optional*, defaults to `0.9`):
+            Clamping range ε of the importance ratio. If `None`, the ratio is not clamped.
+        beta (`float`, *optional*, defaults to `0.0`):
+            KL coefficient β of `"alol_kl"`.
+        clamp (`bool`, *optional*, defaults to `True`):
+            Whether the `"alol*"` types clamp the advantage at 0. `False` is the paper's ablation without the filter.
+
+    Returns:
+        `torch.Tensor`: One loss per sequence, of shape `(batch,)`.
+
+    Raises:
+        `ValueError`: If `loss_type` is unknown.
+    """
+    if loss_type not in ALOL_LOSS_TYPES:
+        raise ValueError(f"Unknown `loss_type` {loss_type!r}. Use one of {', '.join(map(repr, ALOL_LOSS_TYPES))}.")
+    ignored = mask == 0
+    logps = logps.masked_fill(ignored, 0.0)
+    ref_logps = ref_logps.masked_fill(ignored, 0.0)
+    log_ratio = logps - ref_logps
+
+    if loss_type == "nll":
+        weight = torch.ones_like(advantages)
+    elif loss_type in ("wbc", "r_gold", "r_lol"):
+        weight = advantages  # R in place of A⁺
+    else:
+        weight = advantages.clamp(min=0) if clamp else advantages  # A⁺ (Eq. 4)
+
+    if loss_type in ("alol", "r_lol"):
+        ratio = importance_ratio(log_ratio.sum(dim=1, keepdim=True), epsilon)  # ρ of the whole sequence (Eq. 4)
+    elif loss_type == "alol_seq":
+        ratio = importance_ratio(log_ratio, epsilon)  # ρ of each token (Eq. 5)
+    elif loss_type == "r_gold":
+        ratio = logps.detach().exp().clamp(min=0.1)  # GOLD's approximate ratio, lower-bounded
+    else:
+        ratio = torch.ones_like(logps)  # ρ = 1: `alol_ref_free`, `alol_kl`, `wbc`, `nll`
+
+    loss = weight.detach() * (ratio * -logps).sum(dim=1)
+    if loss_type == "alol_kl":
+        loss = loss + beta * log_ratio.sum(dim=1)  # β · ln(π_θ(y)/π_ref(y)) on the data (Eq. 6)
+    return loss
