@@ -1,6 +1,6 @@
 """
-Advantages as pure functions on tensors: sequence-level baselines, generalised advantage estimation (GAE), whitening and
-priority-sampling weights.
+Advantages as pure functions on tensors: sequence-level baselines, generalised advantage estimation (GAE), whitening
+and priority-sampling weights.
 """
 
 import torch
@@ -48,7 +48,9 @@ def sequence_advantages(
     known = rewards.masked_fill(~scored, 0.0)
     if baseline == "value":
         if values is None:
-            raise ValueError('`baseline="value"` needs `values`, one per completion. Pass them or pick another baseline.')
+            raise ValueError(
+                '`baseline="value"` needs `values`, one per completion. Pass them or pick another baseline.'
+            )
         subtracted = values
     elif baseline in ("group_mean", "leave_one_out"):
         if group_ids is None:
@@ -71,7 +73,9 @@ def sequence_advantages(
     return (known - subtracted).masked_fill(~scored, 0.0)
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
     """
     Generalised advantage estimation ([Schulman et al., 2016](https://huggingface.co/papers/1506.02438), Eq. 16):
     A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} − V_t, with V = 0 after the last token.
@@ -122,8 +126,8 @@ def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor
             Whether to subtract the mean. `False` keeps it, which is how rewards are whitened.
 
     Returns:
-        `torch.Tensor`: The whitened values, 0 where masked out. The variance is Bessel-corrected; a single value, or
-        equal values, have no scale and come out as their distance from the mean (plus the mean if it is kept).
+        `torch.Tensor`: The whitened values, 0 where masked out. The variance is Bessel-corrected. Equal values, or a
+        single one, become 0 (their mean, if it is kept).
     """
     mask = mask.bool()
     x = x.masked_fill(~mask, 0.0)

@@ -17,7 +17,8 @@ def importance_ratio(log_ratio: Tensor, epsilon: float | None = None) -> Tensor:
     """
     Importance ratio ρ = π_θ/π_ref from its logarithm, without gradient, clamped to [1−ε, 1+ε].
 
-    This is the plain clamp of the A-LoL paper, not PPO's minimum: an example whose ratio is clamped keeps its gradient.
+    This is the plain clamp of the A-LoL paper, not PPO's minimum: an example whose ratio is clamped keeps its
+    gradient.
 
     Args:
         log_ratio (`torch.Tensor`):
@@ -95,18 +96,18 @@ def alol_loss(
     elif loss_type in ("wbc", "r_gold", "r_lol"):
         weight = advantages  # R in place of A⁺
     else:
-        weight = advantages.clamp(min=0) if clamp else advantages  # A⁺ (Eq. 4)
+        weight = advantages.clamp(min=0) if clamp else advantages  # A⁺
 
     if loss_type in ("alol", "r_lol"):
-        ratio = importance_ratio(log_ratio.sum(dim=1, keepdim=True), epsilon)  # ρ of the whole sequence (Eq. 4)
+        ratio = importance_ratio(log_ratio.sum(dim=1, keepdim=True), epsilon)  # ρ = π_θ(y|x) / π_ref(y|x)
     elif loss_type == "alol_seq":
-        ratio = importance_ratio(log_ratio, epsilon)  # ρ of each token (Eq. 5)
+        ratio = importance_ratio(log_ratio, epsilon)  # ρ_t = π_θ(y_t|x,y_<t) / π_ref(y_t|x,y_<t)
     elif loss_type == "r_gold":
         ratio = logps.detach().exp().clamp(min=0.1)  # GOLD's approximate ratio, lower-bounded
     else:
         ratio = torch.ones_like(logps)  # ρ = 1: `alol_ref_free`, `alol_kl`, `wbc`, `nll`
 
-    loss = weight.detach() * (ratio * -logps).sum(dim=1)
+    loss = weight.detach() * (ratio * -logps).sum(dim=1)  # A⁺ · Σ_t ρ_t · (−ln π_θ(y_t|x,y_<t))
     if loss_type == "alol_kl":
-        loss = loss + beta * log_ratio.sum(dim=1)  # β · ln(π_θ(y)/π_ref(y)) on the data (Eq. 6)
+        loss = loss + beta * log_ratio.sum(dim=1)  # + β · h(y), on the data's own completions
     return loss

@@ -1,0 +1,38 @@
+"""
+Everything that is borrowed from TRL beyond its public names (`trl.__all__`), in one place.
+
+A new TRL release can break this file and no other; `tests/test_trl_seams.py` pins what is relied on below.
+"""
+
+from trl.data_utils import (
+    _tokenize as tokenize,  # one message list or string -> {"input_ids": flat list}, through the chat template
+)
+from trl.data_utils import common_prefix_length  # where the tokens of prompt and prompt+completion part
+from trl.models.utils import (
+    disable_gradient_checkpointing,  # for forwards without gradient
+    unwrap_model_for_generation,  # gathers ZeRO-3 shards, lifts gradient checkpointing
+)
+from trl.trainer.utils import (
+    get_callable_name,  # a reward function's name in logs and errors
+    get_config_model_id,  # `_name_or_path` across config types
+    global_then_local_main_first,  # dataset caches are written once, then read
+    hash_module,  # content hash of the reference weights, keys the caches
+    is_async_callable,  # coroutine functions, partials and callable classes
+    pad,  # list of tensors -> padded tensor, `pad_to_multiple_of`
+    use_adapter,  # the reference policy inside a PEFT model
+)
+
+
+__all__ = [
+    "common_prefix_length",
+    "disable_gradient_checkpointing",
+    "get_callable_name",
+    "get_config_model_id",
+    "global_then_local_main_first",
+    "hash_module",
+    "is_async_callable",
+    "pad",
+    "tokenize",
+    "unwrap_model_for_generation",
+    "use_adapter",
+]

@@ -1,0 +1,273 @@
+"""
+From every accepted row format to scored, tokenised completions, and from those to padded batches.
+
+A *row* is whatever the user's dataset holds. A *group* is what this package trains on: one prompt with `k` completions
+and one reward for each. A dataset row with a single completion is a group of one.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.data.data_collator import DataCollatorMixin
+from transformers.utils import logging
+from trl import extract_prompt, is_conversational
+
+from ._trl import common_prefix_length, pad, tokenize
+
+
+logger = logging.get_logger(__name__)
+
+ROW_FORMATS = """\
+  - prompt, completion, reward
+  - prompt, completions (list), rewards (list)
+  - prompt, chosen, rejected [, chosen_reward and rejected_reward, or score_chosen and score_rejected]
+  - prompt, completion, label (unpaired preference)
+  - chosen, rejected (preference with an implicit prompt)
+With `reward_funcs`, or after `score_dataset`, no reward column is needed."""
+
+PREFERENCE_REWARDS = (("chosen_reward", "rejected_reward"), ("score_chosen", "score_rejected"))
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass
+class Group:
+    """
+    One prompt with its completions and their rewards, as they stand in a dataset row.
+
+    Attributes:
+        prompt (`str` or `list[dict]`):
+            The prompt, as text or as messages.
+        completions (`list[str]` or `list[list[dict]]`):
+            `k` completions, as text or as messages.
+        rewards (`list[float | None]` or `None`):
+            One reward per completion; `None` within the list means "not scored". `None` instead of the list means that
+            the row carries no reward at all.
+    """
+
+    prompt: str | Messages
+    completions: list[str] | list[Messages]
+    rewards: list[float | None] | None
+
+    def __post_init__(self) -> None:
+        if self.rewards is not None and len(self.rewards) != len(self.completions):
+            raise ValueError(
+                f"A row has {len(self.completions)} completions but {len(self.rewards)} rewards. Give one reward per "
+                "completion, null for a completion that was not scored."
+            )
+
+    @property
+    def is_conversational(self) -> bool:
+        """Whether prompt and completions are message lists rather than text."""
+        return is_conversational({"prompt": self.prompt, "completion": next(iter(self.completions), "")})
+
+
+def check_columns(columns: list[str]) -> None:
+    """
+    Check that a dataset with these columns has completions that can be trained on.
+
+    Args:
+        columns (`list[str]`):
+            Column names of the dataset.
+
+    Raises:
+        `ValueError`: If the columns fit none of the accepted row formats.
+    """
+    found = set(columns)
+    if images := found & {"image", "images"}:
+        raise ValueError(
+            f"The dataset has an image column ({', '.join(sorted(images))}). Offline reward training supports text "
+            "only: drop the column, or train with TRL's own trainers."
+        )
+    prompted = "prompt" in found and found & {"completion", "completions"}
+    if not prompted and not {"chosen", "rejected"} <= found:
+        raise ValueError(f"The dataset's columns are {', '.join(columns)}. Accepted row formats:\n{ROW_FORMATS}")
+
+
+def as_group(row: Mapping[str, Any]) -> Group:
+    """
+    Read a dataset row of any accepted format.
+
+    Args:
+        row (`Mapping[str, Any]`):
+            The row. See the README for the formats.
+
+    Returns:
+        [`Group`]: Its prompt, completions and rewards. The chosen completion of a preference comes first; a preference
+        without scores has rewards 1 and 0.
+
+    Raises:
+        `ValueError`: If the row fits none of the accepted formats.
+    """
+    if row.get("completions") is not None and "prompt" in row:
+        return Group(row["prompt"], list(row["completions"]), row.get("rewards"))
+    if row.get("completion") is not None and "prompt" in row:
+        rewards = next(([row[name]] for name in ("reward", "label") if name in row), None)
+        return Group(row["prompt"], [row["completion"]], rewards)
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        example = row if "prompt" in row else {**row, **extract_prompt(row)}
+        rewards = next(([row[c], row[r]] for c, r in PREFERENCE_REWARDS if c in row and r in row), [1.0, 0.0])
+        return Group(example["prompt"], [example["chosen"], example["rejected"]], rewards)
+    raise ValueError(f"A row has {', '.join(row)}. Accepted row formats:\n{ROW_FORMATS}")
+
+
+def tokenize_row(
+    row: Mapping[str, Any], index: int, processing_class: PreTrainedTokenizerBase, eos_token: str
+) -> dict[str, Any]:
+    """
+    Read and tokenise one row, exactly as [`~trl.DPOTrainer`] tokenises a preference.
+
+    Text completions get the EOS token appended when it is missing; messages go through the chat template, with the
+    row's `tools` and `chat_template_kwargs`. All completions share the prompt tokens that they have in common.
+
+    Args:
+        row (`Mapping[str, Any]`):
+            A row of any accepted format.
+        index (`int`):
+            Its position in the dataset, for error messages.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer or processor.
+        eos_token (`str`):
+            The tokenizer's end-of-sequence token.
+
+    Returns:
+        `dict[str, Any]`: `prompt_ids` (`list[int]`), `completion_ids` (`list[list[int]]`), `rewards` (`list[float]`)
+        and `num_dropped` (`int`): completions without a reward, or without a token, which are left out of the lists.
+
+    Raises:
+        `ValueError`: If the row has no reward, or one that is not a finite number.
+    """
+    group = as_group(row)
+    if group.rewards is None:
+        raise ValueError(
+            f"Row {index} has no reward: its columns are {', '.join(row)}. Pass `reward_funcs` to the trainer, or add "
+            f"rewards with `score_dataset`. Accepted row formats:\n{ROW_FORMATS}"
+        )
+    for reward in group.rewards:
+        if reward is not None and not (isinstance(reward, int | float) and math.isfinite(reward)):
+            raise ValueError(
+                f"Row {index} has the reward {reward!r}. Rewards must be finite numbers; use null for a completion "
+                "that was not scored."
+            )
+
+    kwargs = {}
+    completions = group.completions
+    if group.is_conversational:
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        kwargs = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+        prompt_ids = tokenize(processing_class, group.prompt, add_generation_prompt=True, **kwargs)["input_ids"]
+    else:
+        completions = [c if c.endswith(eos_token) else c + eos_token for c in completions]
+        prompt_ids = tokenize(processing_class, group.prompt)["input_ids"]
+    sequences = [tokenize(processing_class, group.prompt + c, **kwargs)["input_ids"] for c in completions]
+
+    # The completion starts where the tokens of prompt and prompt+completion part (see `common_prefix_length`)
+    prompt_len = min((common_prefix_length(prompt_ids, ids) for ids in sequences), default=len(prompt_ids))
+    if prompt_len < len(prompt_ids):
+        logger.warning_once(
+            "The tokens of a prompt are not a prefix of the tokens of prompt and completion. The completion starts "
+            f"where they part, and {processing_class.decode(prompt_ids[prompt_len:])!r} is left out of training. "
+            "Use a chat template that renders the prompt the same way in both cases, or end the prompt on a token "
+            "boundary. This is said once and likely holds for the whole dataset."
+        )
+    completion_ids = [ids[prompt_len:] for ids in sequences]
+    scored = zip(completion_ids, group.rewards, strict=True)
+    kept = [(ids, float(reward)) for ids, reward in scored if ids and reward is not None]
+    return {
+        "prompt_ids": prompt_ids[:prompt_len],
+        "completion_ids": [ids for ids, _ in kept],
+        "rewards": [reward for _, reward in kept],
+        "num_dropped": len(completions) - len(kept),
+    }
+
+
+def flatten_groups(batch: Mapping[str, list[Any]], keep_positive: bool = False) -> dict[str, list[Any]]:
+    """
+    Split groups into groups of one, for methods that treat each completion on its own.
+
+    Args:
+        batch (`Mapping[str, list]`):
+            Batch of tokenised rows. `completion_ids`, `rewards` and `advantages` hold one entry per completion and are
+            split; the other columns are repeated.
+        keep_positive (`bool`, *optional*, defaults to `False`):
+            Whether to drop the completions whose advantage is not positive.
+
+    Returns:
+        `dict[str, list]`: The same columns with one completion per row.
+    """
+    per_completion = {"completion_ids", "rewards", "advantages"} & batch.keys()
+    kept = [
+        (row, member)
+        for row, completions in enumerate(batch["completion_ids"])
+        for member in range(len(completions))
+        if not keep_positive or batch["advantages"][row][member] > 0
+    ]
+    return {
+        name: [[column[row][member]] if name in per_completion else column[row] for row, member in kept]
+        for name, column in batch.items()
+    }
+
+
+@dataclass
+class DataCollatorForGroups(DataCollatorMixin):
+    """
+    Data collator for groups of scored completions. Every completion becomes one right-padded sequence of prompt and
+    completion; the sequences of a group follow each other.
+
+    The examples hold `prompt_ids`, `completion_ids` (one list per completion), and optionally `rewards`, `advantages`
+    and `ref_logps` with one entry per completion. The batch holds, for `batch` sequences in all:
+
+    - `input_ids`, `attention_mask`, `completion_mask`: `(batch, seq_len)`
+    - `group_ids`: `(batch,)`, equal for the completions of one row
+    - `rewards`, `advantages`: `(batch,)`
+    - `ref_logps`: `(batch, seq_len - 1)`, aligned with the next-token log-probabilities, 0 outside the completion
+
+    Args:
+        pad_token_id (`int`):
+            Token ID to use for padding.
+        max_length (`int`, *optional*):
+            Maximum length of a sequence, in tokens; the end of longer ones is cut off.
+        pad_to_multiple_of (`int`, *optional*):
+            If set, the sequences are padded to a multiple of this value.
+    """
+
+    pad_token_id: int
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+    return_tensors: str = "pt"
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        input_ids, completion_mask, group_ids = [], [], []
+        for group, example in enumerate(examples):
+            prompt_ids = example["prompt_ids"]
+            for completion_ids in example["completion_ids"]:
+                mask = [0] * len(prompt_ids) + [1] * len(completion_ids)
+                input_ids.append(torch.tensor((prompt_ids + completion_ids)[: self.max_length]))
+                completion_mask.append(torch.tensor(mask[: self.max_length]))
+                group_ids.append(group)
+        attention_mask = [torch.ones_like(ids) for ids in input_ids]
+
+        def padded(sequences: list[Tensor], value: int) -> Tensor:
+            return pad(sequences, value, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
+
+        batch = {
+            "input_ids": padded(input_ids, self.pad_token_id),
+            "attention_mask": padded(attention_mask, 0),
+            "completion_mask": padded(completion_mask, 0),
+            "group_ids": torch.tensor(group_ids),
+        }
+        for name in ("rewards", "advantages"):
+            if name in examples[0]:
+                batch[name] = torch.tensor([value for example in examples for value in example[name]])
+        if "ref_logps" in examples[0]:
+            scored = batch["completion_mask"][:, 1:].bool()
+            ref_logps = [logp for example in examples for logps in example["ref_logps"] for logp in logps]
+            batch["ref_logps"] = torch.zeros(scored.shape).masked_scatter(scored, torch.tensor(ref_logps))
+        return batch
