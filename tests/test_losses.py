@@ -4,6 +4,7 @@ policies that its objectives are known to end in.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ MASK = torch.tensor(
 )
 ADVANTAGES = torch.tensor([0.7, 0.3, -0.5, 0.0, 1.2, 0.25, 0.4, 0.9, 0.6], dtype=torch.float64)
 # ln π_θ − ln π_ref of every token of the row, before noise: the sequence ratios fall on both sides of both clamps.
-DRIFT = torch.tensor([0.5, -1.5, 0.3, -0.2, 1.5, -0.1, 0.0, 0.02, -0.9], dtype=torch.float64)
+DRIFT = torch.tensor([0.5, -2.5, 0.3, -0.2, 1.5, -0.1, 0.0, 0.02, -0.9], dtype=torch.float64)
 
 
 def make_batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -45,7 +46,13 @@ def make_batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def loss_and_gradient(
-    logps: Tensor, ref_logps: Tensor, mask: Tensor, advantages: Tensor, *, upstream: Tensor | None = None, **options
+    logps: Tensor,
+    ref_logps: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    *,
+    upstream: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`alol_loss` and the gradient of its sum, weighted by `upstream`, with respect to `logps`."""
     leaf = logps.clone().requires_grad_()
@@ -102,7 +109,7 @@ def by_hand(
     return losses, gradient
 
 
-# The formulas ---------------------------------------------------------------------------------------------------------
+# --- The formulas
 
 
 @pytest.mark.parametrize("clamp", [True, False])
@@ -132,10 +139,8 @@ def test_the_batch_reaches_every_branch() -> None:
     kept = mask.bool() & (advantages > 0)[:, None]
     log_ratio = (logps - ref_logps).masked_fill(~kept, 0.0)
     for ratio in (log_ratio.sum(dim=1)[kept.any(dim=1)].exp(), log_ratio[kept].exp()):
-        assert (ratio < 0.1).any() or ratio.numel() > 9, "the sequence ratio is never cut at 1 − 0.9"
-        assert (ratio > 1.9).any()
-        assert (ratio < 0.8).any()
-        assert ((ratio > 0.8) & (ratio < 1.2)).any()
+        assert (ratio < 0.1).any() and (ratio > 1.9).any()  # outside both clamps
+        assert ((ratio > 0.1) & (ratio < 0.8)).any() and ((ratio > 0.8) & (ratio < 1.2)).any()
     assert (logps[kept].exp() < 0.1).any() and (logps[kept].exp() > 0.1).any()
 
     losses = [by_hand(*make_batch(), loss_type=t, epsilon=0.9, beta=0.35, clamp=True)[0] for t in ALOL_LOSS_TYPES]
@@ -167,7 +172,7 @@ def test_importance_ratio() -> None:
     assert not clipped.requires_grad and not plain.requires_grad
 
 
-# Padding --------------------------------------------------------------------------------------------------------------
+# --- Padding
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
@@ -225,7 +230,7 @@ def test_extra_columns_batch_order_and_mask_dtype_do_not_matter(loss_type: str) 
         assert torch.equal(alol_loss(logps, ref_logps, mask.to(dtype), advantages, **options), loss)
 
 
-# What carries a gradient ----------------------------------------------------------------------------------------------
+# --- What carries a gradient
 
 
 @pytest.mark.parametrize("loss_type", FILTERED)
@@ -300,20 +305,20 @@ def test_clamped_examples_keep_their_gradient(loss_type: str) -> None:
     np.testing.assert_allclose(torch.autograd.grad(ppo.sum(), leaf)[0][:, 0].numpy(), [0.0, -0.5], atol=1e-12)
 
 
-# The policies that the objectives end in ------------------------------------------------------------------------------
+# --- The policies that the objectives end in
 
 
 def optimise(
-    row_weights: list[float], advantages: list[float], reference: list[float], steps: int = 3000, **options
+    row_weights: list[float], advantages: list[float], reference: list[float], steps: int = 4000, **options: Any
 ) -> Tensor:
     """
     Log-probabilities of a tabular softmax over the arms after gradient descent, from π_ref, on the exact expectation
     of `alol_loss`: one row per arm, one token per row, weighted by how often the data holds that arm.
 
-    With g_i = (row weight · ∂L_i/∂ln π_i) and −g_i = w_i, the logits move by η(w_i − π_i Σ_j w_j). At a fixed point
-    π ∝ w, around which the Jacobian is −η·Σw·(diag π − ππᵀ), with eigenvalues within η·Σw/2: η = 5 is stable for
-    Σw < 0.8. An arm with w_i = 0 decays only as 1/(η t Σw): 3·10⁻⁴ after 3000 steps at Σw = 0.22, which sets the
-    tolerance where there is such an arm.
+    With w_i = −(row weight · ∂L_i/∂ln π_i) the logits move by η(w_i − π_i Σw), so at rest π = w/Σw. While w does not
+    depend on π, the linearised step there is 1 − η·Σw·(diag π − ππᵀ), whose matrix has eigenvalues of at most 1/2:
+    η = 3 is stable for Σw < 4/3. An arm with w_i = 0 dies only as 1/(η t Σw), 4·10⁻⁴ after 4000 steps at Σw = .22,
+    which sets the tolerance where there is such an arm.
     """
     weights, advantage, ref = (torch.tensor(x, dtype=torch.float64) for x in (row_weights, advantages, reference))
     ref_logps = ref.log()[:, None]
@@ -322,7 +327,7 @@ def optimise(
         loss = alol_loss(logits.log_softmax(dim=0)[:, None], ref_logps, torch.ones(len(ref), 1), advantage, **options)
         (gradient,) = torch.autograd.grad(weights @ loss, logits)
         with torch.no_grad():
-            logits -= 5.0 * gradient
+            logits -= 3.0 * gradient
     return logits.detach().log_softmax(dim=0)
 
 
@@ -341,9 +346,9 @@ ARMS = [0.6, 0.3, 0.1, -0.4]
 )
 def test_reference_free_fixed_points(loss_type: str, priority: bool, expected: list[float]) -> None:
     """
-    w = μA⁺ = (.12, .09, .01, 0), of sum .22, ends in π ∝ μA⁺. Drawing rows with probability ∝ μA⁺ and weighting them
-    by A⁺ as well gives w ∝ μ(A⁺)² = (.072, .027, .001, 0), of sum .1. Controls: priority sampling alone (`nll`
-    weighs every row 1) is μA⁺ again, and neither of the two is μ.
+    w = μA⁺ = (.12, .09, .01, 0), of sum .22, ends in π ∝ μA⁺. Drawing rows with probability μA⁺/.22 and weighting
+    them by A⁺ as well gives w ∝ μ(A⁺)² = (.072, .027, .001, 0), of sum .1. Controls: priority sampling alone (`nll`
+    weighs every row 1) is μA⁺ again, and with neither the policy stays at μ.
     """
     rows = torch.tensor(MU, dtype=torch.float64)
     if priority:
@@ -358,12 +363,12 @@ def test_clipped_alol_fixed_point() -> None:
     μ = π_ref, ε = .9. Here w_i = μ_i A⁺_i ρ_i with ρ_i = clamp(π_i/μ_i), and at rest π_i = w_i/c, c = Σ w. Unclamped,
     w_i = A⁺_i π_i, so an arm grows while A⁺_i > c and shrinks while A⁺_i < c: it stops at ρ = 1.9 or at ρ = .1, except
     where A⁺_i = c, which any π_i satisfies and which takes what the others leave.
-    With c = .3 (arm 1): arm 0 (.6 > .3): .2·.6·1.9/.3 = .76; arm 2 (.1 < .3): .1·.1·.1/.3 = .00333; arm 3: 0; arm 1 the
-    remainder .23667, whose ratio .789 is indeed inside the clamp, and then c = .228 + .3·.23667 + .001 = .3.
+    With c = .3 (arm 1): arm 0 (.6 > .3): .2·.6·1.9/.3 = .76; arm 2 (.1 < .3): .1·.1·.1/.3 = .00333; arm 3: 0; arm 1
+    the remainder .23667, whose ratio .789 is indeed inside the clamp, and then c = .228 + .3·.23667 + .001 = .3.
 
     ρ follows the policy without a gradient, yet w is a continuous function of π, and c rises with π_1, which pulls
     arm 1 back: the point attracts plain gradient descent, and nothing has to be averaged. What is left is arm 3's
-    1/t tail, 2·10⁻⁴ here.
+    1/t tail, 3·10⁻⁴ here.
     """
     policy = optimise(MU, ARMS, MU, loss_type="alol", epsilon=0.9).exp()
     np.testing.assert_allclose(policy.numpy(), [0.76, 0.71 / 3, 0.01 / 3, 0.0], atol=1e-3)
@@ -391,8 +396,8 @@ def test_kl_fixed_point_and_the_arms_that_it_pushes_down() -> None:
 
     β = .05: w = (.275, .105, .01) is positive, so π = w/.39 and stays there; every arm is reached exponentially fast.
     β = .2: w = (.2, .06, −.02). Once π_2 ≈ 0 its logit falls by η·.02 a step; the logits' sum is conserved, so the
-    other two each rise by η·.01 for ever, their ratios at rest, and ln π_2 falls by η·(.02 + .01) = .15 a step at
-    η = 5: by 150 in 1000 steps, without end.
+    other two each rise by η·.01 for ever, their ratio at rest, and ln π_2 falls by η·(.02 + .01) = .09 a step at
+    η = 3: by 90 in 1000 steps, without end.
     """
     mu, advantages = [0.5, 0.3, 0.2], [0.6, 0.4, 0.1]
 
@@ -402,5 +407,5 @@ def test_kl_fixed_point_and_the_arms_that_it_pushes_down() -> None:
     np.testing.assert_allclose(end(0.05, 1000).exp().numpy(), np.array([0.275, 0.105, 0.01]) / 0.39, rtol=1e-6)
     settled, falling = end(0.05, 2000) - end(0.05, 1000), end(0.2, 2000) - end(0.2, 1000)
     assert settled.abs().max() < 1e-6
-    assert falling[2].item() == pytest.approx(-150, rel=1e-6)
+    assert falling[2].item() == pytest.approx(-90, rel=1e-6)
     assert falling[:2].abs().max() < 1e-6

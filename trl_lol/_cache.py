@@ -42,8 +42,9 @@ def cached(
     """
     Read tensors from the cache, or compute and keep them.
 
-    Rank 0 decides for all ranks, so that `compute` may hold collective operations. The file is written beside its place
-    and then renamed: a process that is killed leaves nothing that a later one could mistake for a result.
+    Rank 0 decides, and its tensors are everyone's; `compute` runs on all ranks, so that it may hold collective
+    operations. The file is written beside its place and then renamed: a process that is killed leaves nothing that a
+    later one could mistake for a result.
 
     Args:
         cache_dir (`str`, `Path` or `None`):
@@ -53,28 +54,37 @@ def cached(
         key (`Any`):
             Everything that the tensors depend on.
         compute (`Callable[[], dict[str, torch.Tensor]]`):
-            Computes the tensors; returns the same on every rank.
+            Computes the tensors. What it returns counts on rank 0 only.
 
     Returns:
         `dict[str, torch.Tensor]`: The tensors, on the CPU.
     """
-    if cache_dir is None:
-        return compute()
     state = PartialState()
-    path = Path(cache_dir) / f"{name}-{Hasher.hash(key)}.safetensors"
-    decision = [(str(path), path.exists())]
+    path = cache_dir and Path(cache_dir) / f"{name}-{Hasher.hash(key)}.safetensors"
+    is_hit = [path is not None and path.exists()]
     if state.num_processes > 1:
-        broadcast_object_list(decision)
-    path, hit = Path(decision[0][0]), decision[0][1]
-    if not hit:
+        broadcast_object_list(is_hit)
+    tensors = None
+    if not is_hit[0]:
         tensors = compute()
-        if state.is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_suffix(f".{os.getpid()}.tmp")
-            try:
-                save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
-                os.replace(beside, path)
-            finally:
-                beside.unlink(missing_ok=True)
-        state.wait_for_everyone()
-    return load_file(path)
+    if state.is_main_process:
+        if is_hit[0]:
+            tensors = load_file(path)
+        else:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            if path is not None:
+                _write(tensors, path)
+    result = [tensors]
+    if state.num_processes > 1:
+        broadcast_object_list(result)
+    return result[0]
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        save_file(tensors, beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -7,7 +7,10 @@ A new TRL release can break this file and no other; `tests/test_trl_seams.py` pi
 from trl.data_utils import (
     _tokenize as tokenize,  # one message list or string -> {"input_ids": flat list}, through the chat template
 )
-from trl.data_utils import common_prefix_length  # where the tokens of prompt and prompt+completion part
+from trl.data_utils import (
+    common_prefix_length,  # where the tokens of prompt and prompt+completion part
+    get_dataset_column_names,  # also of a streamed dataset without known features
+)
 from trl.models.utils import (
     disable_gradient_checkpointing,  # for forwards without gradient
     unwrap_model_for_generation,  # gathers ZeRO-3 shards, lifts gradient checkpointing
@@ -19,6 +22,7 @@ from trl.trainer.utils import (
     hash_module,  # content hash of the reference weights, keys the caches
     is_async_callable,  # coroutine functions, partials and callable classes
     pad,  # list of tensors -> padded tensor, `pad_to_multiple_of`
+    start_event_loop_in_daemon,  # async reward functions, also below a running loop
     use_adapter,  # the reference policy inside a PEFT model
 )
 
@@ -28,10 +32,12 @@ __all__ = [
     "disable_gradient_checkpointing",
     "get_callable_name",
     "get_config_model_id",
+    "get_dataset_column_names",
     "global_then_local_main_first",
     "hash_module",
     "is_async_callable",
     "pad",
+    "start_event_loop_in_daemon",
     "tokenize",
     "unwrap_model_for_generation",
     "use_adapter",

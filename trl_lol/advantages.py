@@ -45,7 +45,8 @@ def sequence_advantages(
         `ValueError`: If `baseline` is unknown or the tensor that it needs is missing.
     """
     scored = ~rewards.isnan()
-    known = rewards.masked_fill(~scored, 0.0)
+    # In double precision, where the mean of equal rewards is exactly that reward: a tie is no advantage
+    known = rewards.masked_fill(~scored, 0.0).double()
     if baseline == "value":
         if values is None:
             raise ValueError(
@@ -70,7 +71,7 @@ def sequence_advantages(
         subtracted = torch.zeros_like(known)
     else:
         raise ValueError(f"Unknown `baseline` {baseline!r}. Use one of {', '.join(map(repr, BASELINES))}.")
-    return (known - subtracted).masked_fill(~scored, 0.0)
+    return (known - subtracted).masked_fill(~scored, 0.0).to(rewards.dtype)
 
 
 def gae(
@@ -127,7 +128,7 @@ def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor
 
     Returns:
         `torch.Tensor`: The whitened values, 0 where masked out. The variance is Bessel-corrected. Equal values, or a
-        single one, become 0 (their mean, if it is kept).
+        single one, become 0 up to rounding (their mean, if it is kept).
     """
     mask = mask.bool()
     x = x.masked_fill(~mask, 0.0)

@@ -46,7 +46,7 @@ def alol_loss(
 ) -> Tensor:
     r"""
     Advantage-Leftover Lunch loss of each sequence ([Baheti et al., 2024](https://huggingface.co/papers/2305.14718)):
-    A⁺ · Σ_t ρ_t · (−ln π_θ(y_t|x,y_<t)), where A⁺ = max(A, 0) and ρ carry no gradient.
+    A⁺ · Σ_t ρ_t · (−ln π_θ(y_t|x,y_<t)), where A⁺ = max(A, 0), ρ and π_ref carry no gradient.
 
     | `loss_type` | ρ | weight | extra term |
     | --- | --- | --- | --- |
@@ -88,7 +88,7 @@ def alol_loss(
         raise ValueError(f"Unknown `loss_type` {loss_type!r}. Use one of {', '.join(map(repr, ALOL_LOSS_TYPES))}.")
     ignored = mask == 0
     logps = logps.masked_fill(ignored, 0.0)
-    ref_logps = ref_logps.masked_fill(ignored, 0.0)
+    ref_logps = ref_logps.detach().masked_fill(ignored, 0.0)
     log_ratio = logps - ref_logps
 
     if loss_type == "nll":
@@ -107,7 +107,9 @@ def alol_loss(
     else:
         ratio = torch.ones_like(logps)  # ρ = 1: `alol_ref_free`, `alol_kl`, `wbc`, `nll`
 
-    loss = weight.detach() * (ratio * -logps).sum(dim=1)  # A⁺ · Σ_t ρ_t · (−ln π_θ(y_t|x,y_<t))
+    weight = weight.detach()
+    ratio = ratio.masked_fill(weight.unsqueeze(1) == 0, 0.0)  # an unclamped ρ may be infinite, and 0 · ∞ is no number
+    loss = weight * (ratio * -logps).sum(dim=1)  # A⁺ · Σ_t ρ_t · (−ln π_θ(y_t|x,y_<t))
     if loss_type == "alol_kl":
         loss = loss + beta * log_ratio.sum(dim=1)  # + β · h(y), on the data's own completions
     return loss

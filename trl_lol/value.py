@@ -4,15 +4,20 @@ regressed on rewards (A-LoL, [Baheti et al., 2024](https://huggingface.co/papers
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
-from accelerate.utils import tqdm
+from accelerate import PartialState
+from accelerate.utils import gather_object, tqdm
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
+
+from ._cache import cached
 
 
 class PromptValueHead(nn.Module):
@@ -288,3 +293,146 @@ def r_squared(values: Tensor, rewards: Tensor) -> float:
     """
     residual = (rewards - values).square().sum()
     return (1 - residual / (rewards - rewards.mean()).square().sum()).item()
+
+
+class ValueEstimator:
+    """
+    The reference policy's value of prompts, estimated from the rewards of logged completions.
+
+    Works on all ranks at once: rank 0 fits the heads and everyone gets them; predictions are shared out and gathered.
+    Results are cached.
+
+    Args:
+        reference (`Callable[[], AbstractContextManager[PreTrainedModel]]`):
+            Makes a context whose value is the reference policy, a causal language model.
+        cache_dir (`str` or `Path`, *optional*):
+            Folder of the cache. If `None`, nothing is kept.
+        cache_key (`Any`, *optional*):
+            Hash of the reference's weights.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Number of prompts in a forward of the policy.
+        max_prompts (`int`, *optional*, defaults to `1024`):
+            Number of prompts that the heads are fitted on at most. Their hidden states are held in memory on rank 0.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the choice of prompts and of the fit.
+        **fit_kwargs:
+            Passed to [`fit_value_head`].
+    """
+
+    def __init__(
+        self,
+        reference: Callable[[], AbstractContextManager[PreTrainedModel]],
+        *,
+        cache_dir: str | Path | None = None,
+        cache_key: Any = None,
+        batch_size: int = 8,
+        max_prompts: int = 1024,
+        seed: int = 0,
+        **fit_kwargs: Any,
+    ) -> None:
+        self.reference = reference
+        self.cache_dir = cache_dir
+        self.key = (cache_key, max_prompts, seed, fit_kwargs)
+        self.batch_size = batch_size
+        self.max_prompts = max_prompts
+        self.fit_kwargs = {"seed": seed, **fit_kwargs}
+        self.heads: list[PromptValueHead] = []
+
+    def fit(self, prompt_ids: Sequence[list[int]], rewards: Tensor, weights: Tensor | None = None) -> Tensor:
+        """
+        Fit the heads, and predict each prompt with a head that has not seen it.
+
+        Args:
+            prompt_ids (`Sequence[list[int]]`):
+                Token ids of distinct prompts.
+            rewards (`torch.Tensor`):
+                Mean reward of each prompt's completions, of shape `(num_prompts,)`.
+            weights (`torch.Tensor`, *optional*):
+                Number of completions behind each mean, of shape `(num_prompts,)`.
+
+        Returns:
+            `torch.Tensor`: One value per prompt, of shape `(num_prompts,)`.
+        """
+        order = torch.randperm(len(prompt_ids), generator=torch.Generator().manual_seed(self.fit_kwargs["seed"]))
+        fitted, others = order[: self.max_prompts].sort().values, order[self.max_prompts :].sort().values
+        weights = torch.ones_like(rewards) if weights is None else weights
+        self.key = (self.key, [prompt_ids[i] for i in fitted], rewards[fitted].tolist(), weights[fitted].tolist())
+
+        def compute() -> dict[str, Tensor]:
+            is_main = PartialState().is_main_process
+            hidden_states: list[Tensor] = [torch.empty(0)] * len(fitted)
+            with self.reference() as model:
+                # Every rank runs the forwards, which may be collective (ZeRO-3), but only rank 0 keeps the outcome
+                prompts = [prompt_ids[i] for i in fitted]
+                for batch, states in prompt_hidden_states(model, prompts, self.batch_size, "Reading prompts"):
+                    for position, state in zip(batch, states, strict=True):
+                        hidden_states[position] = state if is_main else hidden_states[position]
+            if not is_main:
+                return {}
+            heads, values = cross_fit_values(
+                hidden_states, rewards[fitted], weights[fitted], desc="Fitting value head", **self.fit_kwargs
+            )
+            states = {f"{i}.{name}": t for i, head in enumerate(heads) for name, t in head.state_dict().items()}
+            return {"values": values, **states}
+
+        tensors = cached(self.cache_dir, "value_head", self.key, compute)
+        values = torch.empty(len(prompt_ids))
+        values[fitted] = tensors.pop("values")
+        self.heads = [self._head(tensors, i) for i in range(len({name.split(".")[0] for name in tensors}))]
+        if len(others):
+            values[others] = self.predict_sharded([prompt_ids[i] for i in others], "train")
+        return values
+
+    def _head(self, tensors: dict[str, Tensor], index: int) -> PromptValueHead:
+        prefix = f"{index}."
+        state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        head = PromptValueHead(state["query"].size(-1), value_range=self.fit_kwargs.get("value_range"))
+        head.load_state_dict(state)
+        return head.eval().requires_grad_(False)
+
+    def predict(self, prompt_ids: Sequence[list[int]], desc: str | None = None) -> Tensor:
+        """
+        Predict prompts that the heads were not fitted on, on this rank alone.
+
+        Args:
+            prompt_ids (`Sequence[list[int]]`):
+                Token ids of each prompt.
+            desc (`str`, *optional*):
+                What the progress bar says. No bar if `None`.
+
+        Returns:
+            `torch.Tensor`: One value per prompt, of shape `(num_prompts,)`.
+        """
+        values = torch.empty(len(prompt_ids))
+        with self.reference() as model:
+            for head in self.heads:
+                head.to(model.device)
+            for batch, states in prompt_hidden_states(model, prompt_ids, self.batch_size, desc):
+                values[batch] = predict_values(self.heads, states).cpu()
+        return values
+
+    def predict_sharded(self, prompt_ids: Sequence[list[int]], name: str) -> Tensor:
+        """
+        Predict prompts that the heads were not fitted on, each rank a part of them.
+
+        Args:
+            prompt_ids (`Sequence[list[int]]`):
+                Token ids of each prompt, the same on all ranks.
+            name (`str`):
+                What the prompts are, for the progress bar and the cache.
+
+        Returns:
+            `torch.Tensor`: One value per prompt, of shape `(num_prompts,)`.
+        """
+
+        def compute() -> dict[str, Tensor]:
+            state = PartialState()
+            order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
+            # Every rank gets as many prompts, the first ones twice if need be: a forward may be collective (ZeRO-3)
+            order += order[: -len(order) % state.num_processes]
+            mine = order[state.process_index :: state.num_processes]
+            predicted = self.predict([prompt_ids[i] for i in mine], f"Estimating values of {name} dataset")
+            values = dict(gather_object(list(zip(mine, predicted.tolist(), strict=True))))
+            return {"values": torch.tensor([values[i] for i in range(len(prompt_ids))])}
+
+        return cached(self.cache_dir, f"values_{name}", (self.key, list(prompt_ids)), compute)["values"]

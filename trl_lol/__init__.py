@@ -1,0 +1,43 @@
+"""Train language models on arbitrary scalar rewards: four published methods as Hugging Face TRL trainers."""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+
+try:
+    __version__ = version("trl-lol")
+except PackageNotFoundError:  # run from a checkout
+    __version__ = "unknown"
+
+_MODULES = {
+    "ALoLConfig": ".offline.alol_config",
+    "ALoLTrainer": ".offline.alol_trainer",
+    "AdvantageReport": ".report",
+    "ColumnReward": ".rewards",
+    "GenerationEvalCallback": ".evaluation",
+    "score_dataset": ".rewards",
+    "sequence_advantages": ".advantages",
+    "sigmoid": ".rewards",
+    "weighted_sum": ".rewards",
+}
+__all__ = ["__version__", *_MODULES]
+
+if TYPE_CHECKING:
+    from .advantages import sequence_advantages
+    from .evaluation import GenerationEvalCallback
+    from .offline.alol_config import ALoLConfig
+    from .offline.alol_trainer import ALoLTrainer
+    from .report import AdvantageReport
+    from .rewards import ColumnReward, score_dataset, sigmoid, weighted_sum
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use, so that `import trl_lol` costs nothing
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,270 @@
+import textwrap
+from collections.abc import Iterable
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+
+from ..advantages import priority_weights, sequence_advantages
+from ..data import flatten_groups
+from ..losses import alol_loss, importance_ratio
+from ..report import AdvantageReport
+from ..value import ValueEstimator
+from .alol_config import ALoLConfig
+from .trainer import _OfflineRewardTrainer
+
+
+logger = get_logger(__name__)
+
+
+class ALoLTrainer(_OfflineRewardTrainer):
+    """
+    Trainer for Advantage-Leftover Lunch RL (A-LoL), introduced in [Leftover Lunch: Advantage-based Offline
+    Reinforcement Learning for Language Models](https://huggingface.co/papers/2305.14718).
+
+    A whole completion is one action. Its advantage is its reward minus the reference policy's value of the prompt;
+    completions without a positive advantage are dropped, the rest is drawn by advantage.
+
+    It takes the place of [`~trl.DPOTrainer`]: the constructor, the datasets and the arguments are the same, and
+    `reward_funcs` is new. See the README for the row formats.
+
+    Example:
+
+    ```python
+    from datasets import Dataset
+    from trl_lol import ALoLConfig, ALoLTrainer
+
+    dataset = Dataset.from_dict({"prompt": ["1 + 1 ="] * 2, "completion": [" 2", " 3"], "reward": [1.0, 0.0]})
+    trainer = ALoLTrainer("Qwen/Qwen3-0.6B", args=ALoLConfig("out"), train_dataset=dataset)
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to be trained, as for [`~trl.DPOTrainer`].
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            Reference policy. If `None`, it is the initial policy: the model without its adapter when training one,
+            else a copy in memory, which `args.precompute_ref_log_probs=True` makes unnecessary.
+        args ([`ALoLConfig`], *optional*):
+            Configuration of the trainer. If `None`, a default configuration is used.
+        data_collator ([`~transformers.DataCollator`], *optional*):
+            Function that makes a batch. Defaults to [`~trl_lol.data.DataCollatorForGroups`].
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Dataset of prompts, completions and rewards, in any of the accepted row formats.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
+            Dataset used for evaluation: every row, without filter or priority sampling.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer. If `None`, it is loaded from the model's name.
+        compute_metrics, callbacks, optimizers, quantization_config, peft_config:
+            As for [`~trl.DPOTrainer`].
+        reward_funcs (`Callable` or `list[Callable]`, *optional*):
+            Reward functions in the signature of [`~trl.GRPOTrainer`], which score the completions before training.
+            They take precedence over reward columns.
+
+    Attributes:
+        advantage_report ([`~trl_lol.report.AdvantageReport`] or `None`):
+            What was kept of the training data; also written to `advantage_report.json` in the output directory.
+    """
+
+    _config_class = ALoLConfig
+    _name = "A-LoL"
+    _tag_names = ["trl", "trl-lol", "alol"]  # noqa: RUF012
+    _paper = {  # noqa: RUF012
+        "title": "Leftover Lunch: Advantage-based Offline Reinforcement Learning for Language Models",
+        "id": "2305.14718",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{baheti2024leftover,
+                title        = {{Leftover Lunch: Advantage-based Offline Reinforcement Learning for Language Models}},
+                author       = {Ashutosh Baheti and Ximing Lu and Faeze Brahman and Ronan Le Bras and Maarten Sap and Mark Riedl},
+                year         = 2024,
+                booktitle    = {The Twelfth International Conference on Learning Representations, {ICLR} 2024},
+            }"""),  # noqa: E501
+    }
+
+    advantage_report: AdvantageReport | None = None
+
+    def _loss(
+        self, logps: Tensor, ref_logps: Tensor, mask: Tensor, inputs: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        args = self.args
+        advantages = weight = inputs["advantages"]
+        if self.model.training and not args.advantage_weighting:
+            weight = (advantages > 0).to(advantages)  # priority sampling has drawn in proportion to A⁺ already
+        losses = {
+            loss_type: alol_loss(
+                logps,
+                ref_logps,
+                mask,
+                weight,
+                loss_type=loss_type,
+                epsilon=args.epsilon,
+                beta=args.beta,
+                clamp=args.advantage_filter == "positive",
+            )
+            for loss_type in self.loss_types
+        }
+        loss = sum(w * losses[t].mean() for t, w in zip(self.loss_types, self.loss_weights, strict=True))
+
+        log_ratio = logps - ref_logps
+        log_ratio = log_ratio[mask.bool()] if "alol_seq" in self.loss_types else log_ratio.sum(1)
+        ratio = importance_ratio(log_ratio, args.epsilon)
+        metrics = {
+            "advantages/mean": advantages,
+            "importance_ratio/mean": ratio,
+            "importance_ratio/clipped": ratio != importance_ratio(log_ratio),
+        }
+        if self.model.training and self.advantage_report is not None:  # the batches hold what was kept
+            metrics["advantages/kept_fraction"] = advantages.new_tensor(self.advantage_report.kept_fraction)
+        else:
+            metrics["advantages/kept_fraction"] = advantages > 0
+        return loss, metrics
+
+    def _sampling_weights(self, dataset: Dataset) -> Tensor | None:
+        if not self.args.uses_priority_sampling:
+            return None
+        return priority_weights(torch.tensor([advantages[0] for advantages in dataset["advantages"]]))
+
+    # ---- Advantages ----
+
+    @cached_property
+    def value_estimator(self) -> ValueEstimator:
+        """Values of prompts under the reference policy."""
+        args = self.args
+        return ValueEstimator(
+            self._reference_policy,
+            cache_dir=self.cache_dir,
+            cache_key=self._reference_hash,
+            batch_size=args.per_device_eval_batch_size,
+            max_prompts=args.value_max_prompts,
+            seed=args.seed,
+            value_range=args.value_range,
+            learning_rate=args.value_learning_rate,
+            num_train_epochs=args.value_num_train_epochs,
+        )
+
+    @property
+    def _uses_values(self) -> bool:
+        return self.args.uses_advantages and self.args.baseline == "value"
+
+    def _add_advantages(
+        self, dataset: Dataset | IterableDataset, name: str, is_train: bool = False
+    ) -> Dataset | IterableDataset:
+        if isinstance(dataset, IterableDataset):
+            return self._stream_advantages(dataset, is_train)
+        prompts, group_ids, rewards = _by_prompt(dataset["prompt_ids"], dataset["rewards"])
+        values = None
+        if self._uses_values:
+            if is_train:
+                values = self._fit_values(prompts, group_ids, rewards)[group_ids]
+            else:
+                values = self.value_estimator.predict_sharded(prompts, name)[group_ids]
+        advantages = self._advantages(rewards, group_ids, values)
+        if is_train:
+            self._report(rewards, advantages, dataset)
+        dataset = dataset.add_column("advantages", _split_by_row(advantages, dataset["rewards"]))
+        return dataset.map(
+            flatten_groups,
+            batched=True,
+            fn_kwargs={"keep_positive": is_train and self.args.filters_advantages},
+            desc=f"Selecting completions of {name} dataset",
+        )
+
+    def _stream_advantages(self, dataset: IterableDataset, is_train: bool) -> IterableDataset:
+        args = self.args
+        if self._uses_values and args.dataloader_num_workers > 0:
+            raise ValueError(
+                "With an `IterableDataset`, values are computed while the rows are read. Set "
+                '`dataloader_num_workers=0`, use another `baseline` than "value", or pass a `Dataset`.'
+            )
+        if args.uses_advantages and args.baseline == "batch_mean":
+            raise ValueError(
+                '`baseline="batch_mean"` needs the whole dataset, and a dataset is an `IterableDataset`. Use another '
+                "`baseline`, or pass a `Dataset`."
+            )
+        if is_train and self._uses_values:
+            rows = list(islice(dataset, args.value_max_prompts))
+            self._fit_values(*_by_prompt([row["prompt_ids"] for row in rows], [row["rewards"] for row in rows]))
+        if is_train and args.uses_priority_sampling:
+            logger.warning("An `IterableDataset` is read in its own order: completions are not drawn by advantage.")
+
+        def add_advantages(batch: dict[str, list]) -> dict[str, list]:
+            rewards = torch.tensor([reward for row in batch["rewards"] for reward in row])
+            rows = torch.tensor([i for i, row in enumerate(batch["rewards"]) for _ in row])
+            values = self.value_estimator.predict(batch["prompt_ids"])[rows] if self._uses_values else None
+            advantages = _split_by_row(self._advantages(rewards, rows, values), batch["rewards"])
+            return flatten_groups({**batch, "advantages": advantages}, is_train and args.filters_advantages)
+
+        return dataset.map(add_advantages, batched=True, batch_size=args.per_device_eval_batch_size)
+
+    def _advantages(self, rewards: Tensor, group_ids: Tensor, values: Tensor | None) -> Tensor:
+        if not self.args.uses_advantages:
+            return rewards
+        return sequence_advantages(rewards, group_ids=group_ids, values=values, baseline=self.args.baseline)
+
+    def _fit_values(self, prompts: list[list[int]], group_ids: Tensor, rewards: Tensor) -> Tensor:
+        counts = torch.zeros(len(prompts)).index_add(0, group_ids, torch.ones_like(rewards))
+        means = torch.zeros(len(prompts)).index_add(0, group_ids, rewards) / counts
+        if (value_range := self.args.value_range) and not (
+            value_range[0] <= means.min() <= means.max() <= value_range[1]
+        ):
+            raise ValueError(
+                f"`value_range={value_range}` does not hold the rewards, whose means by prompt go from "
+                f"{means.min():.4g} to {means.max():.4g}. Widen it, or set it to `None`."
+            )
+        return self.value_estimator.fit(prompts, means, counts)
+
+    def _report(self, rewards: Tensor, advantages: Tensor, dataset: Dataset) -> None:
+        args = self.args
+        if not args.uses_advantages:
+            if set(args.loss_type) != {"nll"} and rewards.min() < 0:
+                logger.warning(
+                    f"Rewards go down to {rewards.min():.4g}, and {args.loss_type} pushes the probability of "
+                    "completions with a negative reward down without bound. Shift or clip the rewards."
+                )
+            return
+        subsets = None
+        if "subset" in dataset.column_names:
+            subsets = [s for s, row in zip(dataset["subset"], dataset["rewards"], strict=True) for _ in row]
+        report = self.advantage_report = AdvantageReport.from_tensors(
+            rewards, rewards - advantages, advantages, subsets
+        )
+        if args.filters_advantages and report.num_kept == 0:
+            raise ValueError(
+                "No completion has a positive advantage, so there is nothing to train on.\n"
+                f"{report}\nCheck that a higher reward means a better completion and that prompts have completions of "
+                "different rewards, or use another `baseline`."
+            )
+        if self.is_world_process_zero():
+            report.save(Path(args.output_dir) / "advantage_report.json")
+        if self.is_local_process_zero():
+            print(f"Advantages of the training data:\n{report}")
+        if "alol_kl" in args.loss_type and (num_low := int(((advantages > 0) & (advantages < args.beta)).sum())):
+            logger.warning(
+                f"{num_low} kept completions have an advantage below `beta={args.beta}`. 'alol_kl' pushes their "
+                "probability down without bound. Lower `beta`, or watch `logratio/mean`."
+            )
+
+
+def _by_prompt(
+    prompt_ids: Iterable[list[int]], rewards: Iterable[list[float]]
+) -> tuple[list[list[int]], Tensor, Tensor]:
+    """
+    Put the completions of all rows with the same prompt into one group, whichever format the rows came in.
+
+    Returns the distinct prompts, and for every completion the position of its prompt and its reward.
+    """
+    positions: dict[tuple[int, ...], int] = {}
+    group_ids, flat = [], []
+    for ids, row in zip(prompt_ids, rewards, strict=True):
+        group_ids += [positions.setdefault(tuple(ids), len(positions))] * len(row)
+        flat += row
+    return [list(ids) for ids in positions], torch.tensor(group_ids), torch.tensor(flat)
+
+
+def _split_by_row(x: Tensor, rows: Iterable[list]) -> list[list[float]]:
+    return [part.tolist() for part in x.split([len(row) for row in rows])]

@@ -1,0 +1,407 @@
+"""What the offline trainers share: everything around the loss."""
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object, is_peft_model, tqdm
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import DPOTrainer
+
+from .._cache import cached, content_key
+from .._trl import (
+    disable_gradient_checkpointing,
+    get_config_model_id,
+    global_then_local_main_first,
+    hash_module,
+    use_adapter,
+)
+from ..data import DataCollatorForGroups, check_columns, tokenize_row
+from ..rewards import score_dataset
+from .base_config import _OfflineRewardConfig
+from .sampling import EpochSampler, SetEpochCallback
+
+
+logger = get_logger(__name__)
+
+RewardFunc = Callable[..., list[float | None]]
+
+
+class _OfflineRewardTrainer(DPOTrainer):
+    """
+    Base of the trainers on logged, scored completions. A subclass names its config and paper and writes [`_loss`].
+
+    It is a [`~trl.DPOTrainer`] whose rows are groups of scored completions instead of pairs, so that everything around
+    the loss (models, adapters, distribution, checkpoints, metrics, model card) is TRL's.
+    """
+
+    _config_class: type[_OfflineRewardConfig]
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | Any",
+        ref_model: PreTrainedModel | None = None,
+        args: _OfflineRewardConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: Any | None = None,
+        peft_config: Any | None = None,
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+    ) -> None:
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self._config_class(f"{model_name.split('/')[-1] or 'model'}-{self._name}")
+        elif not isinstance(args, self._config_class):
+            raise TypeError(
+                f"`args` is a {type(args).__name__}. {type(self).__name__} takes a {self._config_class.__name__}: it "
+                "accepts the same arguments, so replacing the class name is enough."
+            )
+        self.cache_dir = Path(args.output_dir) / "cache"
+        self.reward_funcs = reward_funcs if isinstance(reward_funcs, list | None) else [reward_funcs]
+        if isinstance(train_dataset, Dataset | IterableDataset):  # DPOTrainer's constructor rejects anything else
+            check_columns(_column_names(train_dataset, "train"))
+        needs_copy = ref_model is None and peft_config is None and not args.precompute_ref_log_probs
+        if needs_copy and isinstance(model, PreTrainedModel):
+            ref_model = _copy_as_reference(model)
+
+        # DPOTrainer's constructor ends by computing reference log-probabilities. Here the advantages come first, since
+        # they say which rows are left: see `_finish_dataset`.
+        self._constructed = False
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        self._constructed = True
+        if data_collator is None:
+            self.data_collator = DataCollatorForGroups(
+                self._tokenizer.pad_token_id, args.max_length, args.pad_to_multiple_of
+            )
+        self.model.eval()  # the passes over the data that follow must not drop anything out
+        self.train_dataset = self._finish_dataset(self.train_dataset, "train", is_train=True)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: self._finish_dataset(d, name) for name, d in self.eval_dataset.items()}
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._finish_dataset(self.eval_dataset, "eval")
+
+    # ---- Rows ----
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: _OfflineRewardConfig,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        columns = _column_names(dataset, dataset_name)
+        if "completion_ids" in columns:  # `evaluate` passes datasets that were prepared before
+            return dataset
+        check_columns(columns)
+        is_map_style = isinstance(dataset, Dataset)
+
+        if self.reward_funcs is not None:
+            dataset = score_dataset(
+                dataset,
+                self.reward_funcs,
+                args.reward_weights,
+                processing_class=processing_class,
+                cache_dir=self.cache_dir,
+            )
+            columns = _column_names(dataset, dataset_name)
+        elif not {"completion", "completions", "chosen_reward", "score_chosen"} & set(columns):
+            logger.warning(
+                f"The {dataset_name} dataset has preferences without scores: chosen completions get reward 1, "
+                "rejected ones 0. Pass `reward_funcs` to score them."
+            )
+
+        def progress(desc: str) -> dict[str, Any]:  # `IterableDataset.map` takes neither argument
+            return (
+                {"num_proc": args.dataset_num_proc, "desc": f"{desc} {dataset_name} dataset"} if is_map_style else {}
+            )
+
+        with global_then_local_main_first():
+            dataset = dataset.map(
+                tokenize_row,
+                with_indices=True,
+                fn_kwargs={"processing_class": processing_class, "eos_token": self._tokenizer.eos_token},
+                remove_columns=[name for name in columns if name != "subset"],
+                **progress("Tokenizing"),
+            )
+            num_dropped = sum(dataset["num_dropped"]) if is_map_style else 0
+            dataset = dataset.remove_columns("num_dropped")
+            num_rows = len(dataset) if is_map_style else 0
+            # TRL's rule: a prompt that fills `max_length` leaves no completion token to learn from
+            dataset = dataset.filter(
+                _is_trainable,
+                fn_kwargs={"max_length": args.max_length, "min_completions": self._min_completions},
+                **progress("Dropping untrainable rows from"),
+            )
+        if is_map_style:
+            if num_dropped:
+                logger.warning(f"Dropped {num_dropped} completions of the {dataset_name} dataset that are not scored.")
+            if len(dataset) < num_rows:
+                logger.warning(
+                    f"Dropped {num_rows - len(dataset)} of {num_rows} rows of the {dataset_name} dataset: the prompt "
+                    f"fills `max_length={args.max_length}`, or fewer than {self._min_completions} scored completions "
+                    "are left."
+                )
+            if len(dataset) == 0:
+                raise ValueError(
+                    f"No row of the {dataset_name} dataset is left: of {num_rows} rows, each has a prompt of at least "
+                    f"`max_length={args.max_length}` tokens, or fewer than {self._min_completions} scored "
+                    "completions. Raise `max_length`, or score more completions."
+                )
+        return self._add_advantages(dataset, dataset_name) if self._constructed else dataset
+
+    _min_completions = 1
+
+    def _finish_dataset(
+        self, dataset: Dataset | IterableDataset, name: str, is_train: bool = False
+    ) -> Dataset | IterableDataset:
+        """Do what needs the reference policy, in the order that reads the fewest rows with it."""
+        dataset = self._add_advantages(dataset, name, is_train)
+        if self.precompute_ref_logps:
+            args = self.args
+            batch_size = args.per_device_train_batch_size if is_train else args.per_device_eval_batch_size
+            dataset = self._precompute_ref_logps(dataset, name, args.precompute_ref_batch_size or batch_size)
+        return dataset
+
+    def _add_advantages(
+        self, dataset: Dataset | IterableDataset, name: str, is_train: bool = False
+    ) -> Dataset | IterableDataset:
+        """Add what the loss needs beside the rewards. Nothing unless a subclass says so."""
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["prompt_ids", "completion_ids", "rewards", "advantages", "ref_logps"]
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        train_dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(train_dataset, Dataset) or self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = EpochSampler(len(train_dataset), seed, self._sampling_weights(train_dataset))
+        self.remove_callback(SetEpochCallback)
+        self.add_callback(SetEpochCallback(sampler))
+        return sampler
+
+    def _sampling_weights(self, dataset: Dataset) -> Tensor | None:
+        """Unnormalised sampling weights of the rows, or `None` to visit each once per epoch."""
+        return None
+
+    # ---- Reference policy ----
+
+    @cached_property
+    def _reference_hash(self) -> str:
+        """Hash of the reference's weights. First read before training, when the policy still is the reference."""
+        return hash_module(self.ref_model or self.model)
+
+    @contextmanager
+    def _reference_policy(self) -> Iterator[PreTrainedModel]:
+        """The frozen reference policy, without wrappers or adapters. Within it, the policy itself is off limits."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs))
+            if self.ref_model is None and is_peft_model(self.model):
+                policy = self.accelerator.unwrap_model(self.model)
+                stack.enter_context(use_adapter(policy, "ref" if "ref" in policy.peft_config else None))
+            stack.enter_context(self.accelerator.autocast())
+            model = self.accelerator.unwrap_model(self.ref_model or self.model)
+            yield model.get_base_model() if is_peft_model(model) else model
+
+    def compute_ref_log_probs(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+        """
+        Per-token log-probabilities of a batch under the reference policy.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]):
+                The reference model, or the policy when the reference is within it (PEFT).
+            inputs (`dict[str, torch.Tensor]`):
+                Padded batch.
+
+        Returns:
+            `torch.Tensor`: Log-probabilities in nats, of shape `(batch, seq_len - 1)`, 0 outside the completion.
+        """
+        with self._reference_policy():
+            outputs = model(**_model_kwargs(inputs), fused_lm_head=True)
+        return outputs.log_probs[:, 1 - inputs["input_ids"].size(1) :]
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(
+                f"`precompute_ref_log_probs=True` needs the whole dataset, and the {name} dataset is an "
+                "`IterableDataset`. Set it to `False`, or pass a `Dataset`."
+            )
+        if not self._constructed or "ref_logps" in dataset.column_names:
+            return dataset  # `_finish_dataset` comes here once the rows to keep are known
+
+        def compute() -> dict[str, Tensor]:
+            sizes = [len(p) + max(map(len, c)) for p, c in zip(*_columns(dataset), strict=True)]
+            order = sorted(range(len(dataset)), key=sizes.__getitem__, reverse=True)
+            # Every rank gets as many rows, the first ones twice if need be: a forward may be collective (ZeRO-3)
+            order += order[: -len(order) % self.accelerator.num_processes]
+            mine = order[self.accelerator.process_index :: self.accelerator.num_processes]
+            rows = dataset.select(mine).select_columns(["prompt_ids", "completion_ids"])
+            logps: list[list[Tensor]] = []
+            for batch in tqdm(
+                DataLoader(rows, batch_size, collate_fn=self.data_collator),
+                desc=f"Computing reference log probs for {name} dataset",
+            ):
+                logps += [[] for _ in range(int(batch["group_ids"][-1]) + 1)]
+                first = len(logps) - int(batch["group_ids"][-1]) - 1
+                batch = self._prepare_inputs(batch)
+                scored = batch["completion_mask"][:, 1:].bool()
+                batch_logps = self.compute_ref_log_probs(self.ref_model or self.model, batch).cpu()
+                for group, row, kept in zip(batch["group_ids"].tolist(), batch_logps, scored.cpu(), strict=True):
+                    logps[first + group].append(row[kept])
+            by_row = dict(gather_object(list(zip(mine, logps, strict=True))))
+            sequences = [sequence for i in range(len(dataset)) for sequence in by_row[i]]
+            return {"logps": torch.cat(sequences), "lengths": torch.tensor([len(s) for s in sequences])}
+
+        key = (content_key(dataset, ["prompt_ids", "completion_ids"]), self._reference_hash, self.args.max_length)
+        tensors = cached(self.cache_dir, f"ref_logps_{name}", key, compute)
+        per_sequence = _list_array(pa.array(tensors["logps"].numpy()), tensors["lengths"])
+        per_row = _list_array(per_sequence, torch.tensor([len(c) for c in dataset["completion_ids"]]))
+        return dataset.add_column("ref_logps", per_row)
+
+    # ---- Loss ----
+
+    @abstractmethod
+    def _loss(
+        self, logps: Tensor, ref_logps: Tensor, mask: Tensor, inputs: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """
+        The algorithm.
+
+        Args:
+            logps (`torch.Tensor`):
+                Per-token log-probabilities of the policy, of shape `(batch, seq_len - 1)`.
+            ref_logps (`torch.Tensor`):
+                Per-token log-probabilities of the reference, same shape.
+            mask (`torch.Tensor`):
+                1 for completion tokens and 0 elsewhere, same shape.
+            inputs (`dict[str, torch.Tensor]`):
+                The batch of [`~trl_lol.data.DataCollatorForGroups`].
+
+        Returns:
+            `tuple[torch.Tensor, dict[str, torch.Tensor]]`: The mean loss of the batch, and tensors of any shape whose
+            means over all ranks are logged.
+        """
+
+    def _compute_loss(
+        self, model: PreTrainedModel, inputs: dict[str, Tensor], return_outputs: bool
+    ) -> "Tensor | tuple[Tensor, Any]":
+        mode = "train" if self.model.training else "eval"
+        kwargs = _model_kwargs(inputs)
+        if self.aux_loss_enabled:  # MoE: the load-balancing loss is made from the router logits
+            kwargs["output_router_logits"] = True
+        mask = inputs["completion_mask"][:, 1:]
+        outputs = model(**kwargs, fused_lm_head=True)
+        # Prompt-learning PEFT prepends virtual tokens to the outputs; keep the positions of the real tokens
+        logps = outputs.log_probs[:, -mask.size(1) :]
+        ref_logps = inputs.get("ref_logps")
+        if ref_logps is None:
+            ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+
+        loss, metrics = self._loss(logps, ref_logps, mask, inputs)
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+            metrics["aux_loss"] = outputs.aux_loss
+
+        scored = mask.bool()
+        metrics["entropy"] = outputs.entropy[:, -mask.size(1) :][scored]
+        metrics["mean_token_accuracy"] = outputs.is_top1[:, -mask.size(1) :][scored]
+        metrics["logps/mean"] = logps.sum(1)
+        metrics["logratio/mean"] = (logps - ref_logps).sum(1)
+        metrics["rewards/mean"] = inputs["rewards"]
+        self._log_means(metrics, mode)
+        if mode == "train":
+            num_tokens = self.accelerator.reduce(inputs["attention_mask"].sum(), reduction="sum").item()
+            self._total_train_tokens += num_tokens // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+        if return_outputs:  # for `compute_metrics`; the fused head builds no logits
+            with torch.no_grad():
+                outputs = model(**{name: value for name, value in kwargs.items() if name != "labels"})
+        return (loss, outputs) if return_outputs else loss
+
+    def _log_means(self, metrics: dict[str, Tensor], mode: str) -> None:
+        """Log the mean of each tensor over its elements and the ranks, with one collective for all."""
+        sums = [
+            torch.stack([m.detach().float().sum(), m.new_tensor(m.numel(), dtype=torch.float)])
+            for m in metrics.values()
+        ]
+        for name, (total, count) in zip(metrics, self.accelerator.reduce(torch.stack(sums)).tolist(), strict=True):
+            if count > 0:
+                self._metrics[mode][name].append(total / count)
+
+
+def _copy_as_reference(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    Freeze a copy of the policy. DPOTrainer would load the reference from `config._name_or_path`, which is another
+    model when the policy was changed in memory, and no model at all when it was built from a config.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "Under ZeRO-3 the policy is sharded and cannot be copied in memory. Pass `ref_model`, or set "
+            "`precompute_ref_log_probs=True`."
+        )
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+    logger.info(
+        f"Keeping a copy of the policy as the reference, {size:.2f} GiB. `precompute_ref_log_probs=True` or LoRA "
+        "saves the memory."
+    )
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def _column_names(dataset: Dataset | IterableDataset, name: str) -> list[str]:
+    first_row = next(iter(dataset), None)
+    if first_row is None:
+        raise ValueError(f"The {name} dataset is empty. Pass at least one row.")
+    return list(first_row)
+
+
+def _is_trainable(row: dict[str, Any], max_length: int | None, min_completions: int) -> bool:
+    fits = max_length is None or len(row["prompt_ids"]) < max_length
+    return fits and len(row["completion_ids"]) >= min_completions
+
+
+def _model_kwargs(inputs: dict[str, Tensor]) -> dict[str, Any]:
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    attention_mask = inputs["attention_mask"]
+    return {"input_ids": inputs["input_ids"], "attention_mask": attention_mask, "labels": labels, "use_cache": False}
+
+
+def _columns(dataset: Dataset) -> tuple[Any, Any]:
+    return dataset["prompt_ids"], dataset["completion_ids"]
+
+
+def _list_array(values: pa.Array, lengths: Tensor) -> pa.Array:
+    """Cut a flat array into lists of the given lengths, without building Python lists."""
+    return pa.LargeListArray.from_arrays(pa.array(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).numpy()), values)

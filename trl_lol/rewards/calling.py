@@ -1,0 +1,176 @@
+"""
+Calling reward functions the way TRL does.
+
+A reward function is `f(prompts, completions, **columns) -> list[float | None]`, sync or async, where `None` means "not
+scored".
+"""
+
+import asyncio
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from torch import nn
+from transformers import TrainerState
+
+from .._trl import get_callable_name, is_async_callable, start_event_loop_in_daemon
+
+
+RewardFunc = Callable[..., Any]  # returns `Rewards`, or a coroutine of it
+Rewards = list[float | None]
+
+
+def call_reward_funcs(
+    reward_funcs: RewardFunc | Sequence[RewardFunc],
+    reward_weights: Sequence[float] | None,
+    prompts: list,
+    completions: list,
+    completion_ids: list[list[int]] | None = None,
+    **columns: Any,
+) -> Rewards:
+    """
+    Call reward functions on a batch and sum what they return.
+
+    Args:
+        reward_funcs (`Callable` or `list[Callable]`):
+            Reward functions. Each is called once, with everything that TRL's online trainers pass; outside a trainer
+            `trainer_state` is a fresh one, and `log_extra` and `log_metric` do nothing. Async functions wait
+            concurrently.
+        reward_weights (`list[float]` or `None`):
+            One weight per function. If `None`, every function weighs 1.
+        prompts (`list[str]` or `list[list[dict]]`):
+            Prompt of each completion.
+        completions (`list[str]` or `list[list[dict]]`):
+            Completions.
+        completion_ids (`list[list[int]]`, *optional*):
+            Token IDs of the completions.
+        **columns (`list`):
+            Other columns of the dataset, one entry per completion.
+
+    Returns:
+        `list[float | None]`: One weighted sum per completion. A `None` of one function drops out of the sum; where all
+        functions return `None`, so does this.
+
+    Raises:
+        `TypeError`: If something other than a reward function is given.
+        `ValueError`: If a function returns a wrong number of rewards, NaN or infinity, or if there is not one weight
+            per function.
+        `RuntimeError`: If a function raises; it names the function, and the original error is its cause.
+    """
+    funcs, weights = check_reward_funcs(reward_funcs, reward_weights)
+    kwargs = {
+        "prompts": prompts,
+        "completions": completions,
+        "completion_ids": completion_ids,
+        "trainer_state": TrainerState(),
+        "log_extra": lambda column, values: None,
+        "log_metric": lambda name, value: None,
+        **columns,
+    }
+
+    async def call_async_funcs() -> list[Rewards]:
+        return await asyncio.gather(*(call_async(func, **kwargs) for func in funcs if is_async_callable(func)))
+
+    rewards_per_func = [None if is_async_callable(func) else call(func, **kwargs) for func in funcs]
+    if None in rewards_per_func:
+        loop = _event_loop(os.getpid())
+        awaited = iter(asyncio.run_coroutine_threadsafe(call_async_funcs(), loop).result())
+        rewards_per_func = [next(awaited) if rewards is None else rewards for rewards in rewards_per_func]
+    return weighted_nansum(rewards_per_func, weights)
+
+
+@cache
+def _event_loop(pid: int) -> asyncio.AbstractEventLoop:
+    """
+    A loop in a thread of its own, so that it also runs below a notebook's. It stays, so that a client session that a
+    reward function opened for one batch serves the next. Threads do not survive a fork, hence one per process.
+    """
+    _, loop, ready = start_event_loop_in_daemon(name="reward-functions")
+    ready.wait()
+    return loop
+
+
+def check_reward_funcs(
+    reward_funcs: RewardFunc | Sequence[RewardFunc], weights: Sequence[float] | None
+) -> tuple[list[RewardFunc], list[float]]:
+    """Reward functions and their weights as two lists of the same length. Without weights, every function weighs 1."""
+    funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    if not funcs:
+        raise ValueError("`reward_funcs` is empty. Give at least one reward function.")
+    for func in funcs:
+        if isinstance(func, nn.Module) or not callable(func):
+            what = repr(func) if isinstance(func, str) else f"a {type(func).__name__}"
+            raise TypeError(
+                f"`reward_funcs` holds {what}, but a reward function is called as f(prompts, completions, **columns) "
+                "and returns one float, or None, per completion. A model needs an adapter that does so: load it and "
+                "wrap it, for example in `RewardModel`."
+            )
+    if weights is not None and len(weights) != len(funcs):
+        raise ValueError(f"Got {len(weights)} reward weights for {len(funcs)} reward functions. Give one weight each.")
+    return funcs, [1.0] * len(funcs) if weights is None else [float(weight) for weight in weights]
+
+
+def call(reward_func: RewardFunc, **kwargs: Any) -> Rewards:
+    """Call a sync reward function and check what it returns."""
+    with _naming(reward_func):
+        rewards = reward_func(**kwargs)
+    return _check_rewards(reward_func, rewards, len(kwargs["completions"]))
+
+
+async def call_async(reward_func: RewardFunc, **kwargs: Any) -> Rewards:
+    """Call a reward function, sync or async, and check what it returns."""
+    with _naming(reward_func):
+        rewards = reward_func(**kwargs)
+        if inspect.isawaitable(rewards):
+            rewards = await rewards
+    return _check_rewards(reward_func, rewards, len(kwargs["completions"]))
+
+
+@contextmanager
+def _naming(reward_func: RewardFunc) -> Iterator[None]:
+    """Let an error from inside a reward function say which one it was."""
+    try:
+        yield
+    except Exception as error:
+        name = get_callable_name(reward_func)
+        raise RuntimeError(f"The reward function '{name}' raised {type(error).__name__}: {error}") from error
+
+
+def _check_rewards(reward_func: RewardFunc, rewards: Any, count: int) -> Rewards:
+    """What a reward function returned for `count` completions, as a list of finite floats and `None`."""
+    name = get_callable_name(reward_func)
+    if not isinstance(rewards, Iterable):
+        raise ValueError(
+            f"The reward function '{name}' returned {type(rewards).__name__}. Return a list with one float, or None "
+            "for 'not scored', per completion."
+        )
+    rewards = rewards.tolist() if hasattr(rewards, "tolist") else list(rewards)  # tensors and arrays
+    if len(rewards) != count:
+        raise ValueError(
+            f"The reward function '{name}' returned {len(rewards)} rewards for {count} completions. Return exactly "
+            "one per completion, None for a completion that is not scored."
+        )
+    try:
+        rewards = [None if reward is None else float(reward) for reward in rewards]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The reward function '{name}' must return numbers and None. {error}.") from error
+    for index, reward in enumerate(rewards):
+        if reward is not None and not math.isfinite(reward):
+            raise ValueError(
+                f"The reward function '{name}' returned {reward} at index {index} of its batch. Return finite "
+                "numbers, and None for a completion that is not scored."
+            )
+    return rewards
+
+
+def weighted_nansum(rewards_per_func: Sequence[Rewards], weights: Sequence[float]) -> Rewards:
+    """Weighted sum over the functions, as TRL sums: a `None` drops out, only `None` stays `None`."""
+    sums: Rewards = []
+    for rewards in zip(*rewards_per_func, strict=True):
+        scored = [weight * reward for weight, reward in zip(weights, rewards, strict=True) if reward is not None]
+        sums.append(sum(scored) if scored else None)
+    return sums
