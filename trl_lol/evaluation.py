@@ -10,17 +10,13 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
-from accelerate.utils import gather_object, tqdm
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from torch import Tensor
 from transformers import (
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProcessorMixin,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -28,8 +24,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from ._trl import pad, tokenize, unwrap_model_for_generation, use_adapter
+from ._trl import unwrap_model_for_generation, use_adapter
 from .data import Messages, as_group
+from .generation import completion_logps, generate_completions
 from .rewards.calling import RewardFunc, call_reward_funcs, check_reward_funcs
 from .rewards.scoring import NOT_PASSED_ON
 
@@ -52,41 +49,24 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Without dropout and gradients. Each module gets its own mode back: some may have been frozen by the user."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _batches(lengths: list[int], batch_size: int, desc: str) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first, so that what does not fit fails at once."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    for start in tqdm(range(0, len(order), batch_size), desc=desc):
-        yield order[start : start + batch_size]
-
-
-def generate_completions(
+def evaluate_policy(
     model: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase,
     prompts: Sequence[str | Messages],
+    reward_funcs: RewardFunc | Sequence[RewardFunc],
     *,
-    max_new_tokens: int,
+    reward_weights: Sequence[float] | None = None,
+    ref_model: torch.nn.Module | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+    num_generations: int = 1,
+    max_new_tokens: int = 128,
     temperature: float = 1.0,
     batch_size: int = 16,
     seed: int = 0,
-    **generation_kwargs: Any,
-) -> tuple[list[str] | list[Messages], list[list[int]], list[list[int]]]:
+) -> dict[str, Any]:
     """
-    Complete prompts, from the model's own distribution unless told otherwise.
-
-    Neither the model nor the random state that training draws from is changed.
+    Generate on prompts and measure the completions. In a distributed run, every rank takes a share of the prompts and
+    all ranks get all results.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -95,101 +75,196 @@ def generate_completions(
             Tokenizer or processor.
         prompts (`list[str]` or `list[list[dict]]`):
             Prompts, as text or as messages.
-        max_new_tokens (`int`):
+        reward_funcs (`Callable` or `list[Callable]`):
+            Reward functions, `f(prompts, completions, **columns) -> list[float | None]`.
+        reward_weights (`list[float]`, *optional*):
+            One weight per function. If `None`, every function weighs 1.
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            Reference policy of the KL. If `None`, it is the policy without its adapter, or with its adapter `"ref"`,
+            for a [`~peft.PeftModel`], and otherwise no KL is measured.
+        columns (`dict[str, list]`, *optional*):
+            Columns for the reward functions, one entry per prompt.
+        num_generations (`int`, *optional*, defaults to `1`):
+            Number of completions per prompt.
+        max_new_tokens (`int`, *optional*, defaults to `128`):
+            Maximum length of a completion, in tokens.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature; `0.0` is greedy decoding. The KL is that of the policy only at `1.0`.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Number of sequences per batch on each rank.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the sampling; the rank is added to it.
+
+    Returns:
+        `dict[str, Any]`: Means over the completions: `reward` and its standard deviation `reward_std` (NaN if none is
+        scored), `kl` (ln π − ln π_ref, in nats per completion) if there is a reference, `length` in tokens, EOS
+        included, and `distinct_1` to `distinct_3`. `samples` holds `prompt`, `completion`, `reward`, `kl` and
+        `length` of each completion.
+
+    Raises:
+        `ValueError`: If there are no prompts.
+    """
+    if not len(prompts):
+        raise ValueError("There are no prompts to evaluate on.")
+    columns = columns or {}
+    state = PartialState()
+    tasks = list(enumerate(i for i in range(len(prompts)) for _ in range(num_generations)))
+    # Some tasks are done twice rather than having a rank with fewer forwards: a sharded reference would wait for it
+    with state.split_between_processes(tasks, apply_padding=True) as mine:
+        rows = [row for _, row in mine]
+        prompts = [prompts[row] for row in rows]
+        completions, prompt_ids, completion_ids = generate_completions(
+            model,
+            processing_class,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            batch_size=batch_size,
+            seed=seed + state.process_index,
+        )
+        rewards = call_reward_funcs(
+            reward_funcs,
+            reward_weights,
+            prompts,
+            completions,
+            completion_ids,
+            **{name: [column[row] for row in rows] for name, column in columns.items()},
+        )
+        kls: list[float | None] = [None] * len(rows)
+        sequences = (prompt_ids, completion_ids, batch_size)
+        with reference_policy(model, ref_model) as reference:
+            ref_logps = None if reference is None else completion_logps(reference, *sequences)
+        if ref_logps is not None:
+            kls = (completion_logps(model, *sequences) - ref_logps).tolist()
+        lengths = [len(ids) for ids in completion_ids]
+    fields = ("prompt", "completion", "reward", "kl", "length")
+    values = zip(prompts, completions, rewards, kls, lengths, strict=True)
+    done = gather_object(
+        [(task, dict(zip(fields, v, strict=True))) for (task, _), v in zip(mine, values, strict=True)]
+    )
+    return _summary([sample for _, sample in sorted(dict(done).items())])
+
+
+@contextmanager
+def reference_policy(model: torch.nn.Module, ref_model: torch.nn.Module | None) -> Iterator[torch.nn.Module | None]:
+    """The reference of a policy: `ref_model`, or what a PEFT model started from. `None` if there is neither."""
+    if ref_model is None and isinstance(model, PeftModel):
+        # The trainers keep the initial weights of an adapter that is trained further under this name
+        with use_adapter(model, "ref" if "ref" in model.peft_config else None):
+            yield model
+    else:
+        yield ref_model
+
+
+def _summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    rewards = torch.tensor([s["reward"] for s in samples if s["reward"] is not None], dtype=torch.float64)
+    texts = [s["completion"] if isinstance(s["completion"], str) else s["completion"][0]["content"] for s in samples]
+    metrics = {"reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item()}
+    if samples[0]["kl"] is not None:
+        metrics["kl"] = sum(s["kl"] for s in samples) / len(samples)
+    metrics["length"] = sum(s["length"] for s in samples) / len(samples)
+    return {**metrics, **{f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)}, "samples": samples}
+
+
+class GenerationEvalCallback(TrainerCallback):
+    """
+    Generates on a fixed sample of prompts at every evaluation and logs `eval_generation/reward`, `…/reward_std`,
+    `…/kl`, `…/length` and `…/distinct_1` to `…/distinct_3` (see [`evaluate_policy`]). The metrics can pick the best
+    checkpoint: `metric_for_best_model="eval_generation/reward"`.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer to which the callback will be added.
+        dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `list`):
+            Prompts, or rows with one; the reward functions get the other columns.
+        reward_funcs (`Callable` or `list[Callable]`):
+            Reward functions. Best not the rewards that are trained on: those rise even when the text gets worse.
+        num_prompts (`int`, *optional*, defaults to `64`):
+            Number of prompts, drawn once; the first ones of an [`~datasets.IterableDataset`].
+        max_new_tokens (`int`, *optional*, defaults to `128`):
             Maximum length of a completion, in tokens.
         temperature (`float`, *optional*, defaults to `1.0`):
             Sampling temperature; `0.0` is greedy decoding.
         batch_size (`int`, *optional*, defaults to `16`):
-            Number of completions per batch.
+            Number of sequences per batch on each device.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the sampling.
-        **generation_kwargs:
-            Further fields of [`~transformers.GenerationConfig`], such as `top_p`.
+            Seed of the draw of the prompts and of the sampling, which is the same at every evaluation.
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            Reference policy of the KL. If `None`, it is the trainer's `ref_model`, or the policy without its adapter.
 
-    Returns:
-        `tuple`: Completions in the order of the prompts (text for a text, a list with one assistant message for
-        messages), token IDs of the prompts, and token IDs of the completions, up to and with the first EOS token.
+    Example:
 
-    Raises:
-        `ValueError`: If a prompt has no tokens.
+    ```python
+    >>> trainer.add_callback(GenerationEvalCallback(trainer, dataset, reward_funcs=RewardModel("...")))
+    ```
     """
-    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
-    prompt_ids = [
-        tokenize(processing_class, prompt, **({} if isinstance(prompt, str) else {"add_generation_prompt": True}))
-        for prompt in prompts
-    ]
-    prompt_ids = [list(encoded["input_ids"]) for encoded in prompt_ids]
-    if not all(prompt_ids):
-        raise ValueError(f"Prompt {prompt_ids.index([])} has no tokens, so there is nothing to continue. Drop it.")
 
-    declared = model.generation_config.eos_token_id
-    eos_ids = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
-    pad_id = next((i for i in (tokenizer.pad_token_id, *sorted(eos_ids)) if i is not None), 0)
-    # What is not set here would be taken from the model's own generation config
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    config = {
-        **(sampling if temperature > 0 else {"do_sample": False}),
-        "repetition_penalty": 1.0,
-        "use_cache": True,
-        "disable_compile": True,
-        "max_new_tokens": max_new_tokens,
-        "eos_token_id": sorted(eos_ids) or None,
-        "pad_token_id": pad_id,
-        **generation_kwargs,
-    }
+    def __init__(
+        self,
+        trainer: Trainer,
+        dataset: Dataset | IterableDataset | Sequence[str | Messages],
+        reward_funcs: RewardFunc | Sequence[RewardFunc],
+        num_prompts: int = 64,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        batch_size: int = 16,
+        seed: int = 0,
+        ref_model: torch.nn.Module | None = None,
+    ) -> None:
+        self.reward_funcs, _ = check_reward_funcs(reward_funcs, None)
+        self.trainer = trainer
+        self.ref_model = ref_model
+        self.generation = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "batch_size": batch_size,
+            "seed": seed,
+        }
+        if isinstance(dataset, IterableDataset):
+            rows = list(islice(dataset, num_prompts))
+        else:
+            count = min(num_prompts, len(dataset))
+            rows = [dataset[i] for i in sorted(random.Random(seed).sample(range(len(dataset)), count))]
+        if not rows:
+            raise ValueError("`dataset` has no rows, so there are no prompts to evaluate on.")
+        rows = [row if isinstance(row, Mapping) else {"prompt": row} for row in rows]
+        self.prompts = [row["prompt"] if "prompt" in row else as_group(row).prompt for row in rows]
+        self.columns = {name: [row[name] for row in rows] for name in rows[0] if name not in NOT_PASSED_ON}
+        self.samples: list[dict[str, Any]] = []
+        self._evaluated: tuple[int, set[str]] = (-1, set())
 
-    completion_ids: list[list[int]] = [[]] * len(prompts)
-    with _evaluating(model), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        for batch in _batches([len(ids) for ids in prompt_ids], batch_size, "Generating"):
-            inputs = [torch.tensor(prompt_ids[i]) for i in batch]
-            mask = pad([torch.ones_like(ids) for ids in inputs], 0, padding_side="left").to(model.device)
-            inputs = pad(inputs, pad_id, padding_side="left").to(model.device)
-            output = model.generate(
-                input_ids=inputs, attention_mask=mask, generation_config=GenerationConfig(**config)
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        # Called once per evaluation set. A set that was already seen at this step begins another evaluation, maybe
+        # of other weights: `load_best_model_at_end` leaves the step as it is.
+        runtime = next((name for name in metrics if name.endswith("_runtime")), "")
+        step, seen = self._evaluated
+        if step == state.global_step and runtime not in seen:
+            seen.add(runtime)
+            return
+        self._evaluated = (state.global_step, {runtime})
+        trainer = self.trainer
+        with unwrap_model_for_generation(
+            trainer.model_wrapped,
+            trainer.accelerator,
+            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        ) as model:
+            result = evaluate_policy(
+                model,
+                trainer.processing_class,
+                self.prompts,
+                self.reward_funcs,
+                ref_model=self.ref_model if self.ref_model is not None else getattr(trainer, "ref_model", None),
+                columns=self.columns,
+                **self.generation,
             )
-            for i, ids in zip(batch, output[:, inputs.size(1) :].tolist(), strict=True):
-                end = next((position + 1 for position, token in enumerate(ids) if token in eos_ids), len(ids))
-                completion_ids[i] = ids[:end]
-
-    contents = [ids[:-1] if ids and ids[-1] in eos_ids else ids for ids in completion_ids]
-    texts = tokenizer.batch_decode(contents, skip_special_tokens=True)
-    completions = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-    return completions, prompt_ids, completion_ids
-
-
-def completion_logps(
-    model: PreTrainedModel, prompt_ids: list[list[int]], completion_ids: list[list[int]], batch_size: int = 16
-) -> Tensor:
-    """
-    Log-probability of whole completions, at temperature 1.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Language model.
-        prompt_ids (`list[list[int]]`):
-            Token IDs of the prompts, at least one each.
-        completion_ids (`list[list[int]]`):
-            Token IDs of the completions.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Number of sequences per forward.
-
-    Returns:
-        `torch.Tensor`: Sum over the tokens of each completion, in nats, of shape `(num_completions,)`, on the CPU.
-    """
-    sequences = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
-    logps = torch.zeros(len(sequences))
-    with _evaluating(model):
-        for batch in _batches([len(ids) for ids in sequences], batch_size, "Log-probabilities"):
-            ids = [torch.tensor(sequences[i], device=model.device) for i in batch]
-            # Padded on the right, so that positions are right without naming them
-            mask = pad([torch.ones_like(row) for row in ids], 0, padding_side="right")
-            outputs = model(input_ids=pad(ids, 0, padding_side="right"), attention_mask=mask, use_cache=False)
-            for i, row, logits in zip(batch, ids, outputs.logits, strict=True):
-                start = len(prompt_ids[i])
-                scores = logits[start - 1 : len(row) - 1].float()
-                logps[i] = -F.cross_entropy(scores, row[start:], reduction="sum").cpu()
-    return logps
+        self.samples = result.pop("samples")
+        result = {f"eval_generation/{name}": value for name, value in result.items()}
+        metrics.update(result)
+        trainer.log(result)
