@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +18,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerState
-from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_lol import _cache
@@ -25,11 +25,11 @@ from trl_lol._cache import cached, content_key
 from trl_lol._trl import is_async_callable
 from trl_lol.data import as_group
 from trl_lol.rewards import ColumnReward, call_reward_funcs, score_dataset, sigmoid, weighted_sum
+from trl_lol.rewards.hashing import hash_reward_funcs
 
 
-CALLS: list[
-    list[str]
-] = []  # completions of each call of `length`; global, so that it is no part of the function's hash
+# Completions of each call of `length`. Global, so that they are no part of the function's hash
+CALLS: list[list[str]] = []
 
 WORDS = ["a", "b", "c", "good", "bad", "user", "assistant"]
 CHAT_TEMPLATE = (
@@ -126,7 +126,7 @@ def test_column_reward():
 def test_column_reward_says_what_is_missing():
     with pytest.raises(ValueError, match=r"no column 'score'.*columns: label, other\."):
         ColumnReward("score")(["p"], ["a"], other=[1], label=[1], trainer_state=None, completion_ids=None)
-    with pytest.raises(ValueError, match="'score' holds a list of 2 numbers.*completion number 2"):
+    with pytest.raises(ValueError, match=r"'score' holds a list of 2 numbers.*completion number 2"):
         ColumnReward("score")(["p"], ["a"], completion_index=[2], score=[[1, 2]])
     with pytest.raises(ValueError, match="only completion"):
         ColumnReward("score")(["p"], ["a"], score=[[1, 2]])
@@ -185,8 +185,10 @@ def test_async_functions_inside_a_running_loop():
     """As in a notebook, where `asyncio.run` would raise."""
 
     async def notebook_cell():
+        coroutine = slow_length(["p"], ["abc"])
         with pytest.raises(RuntimeError, match="running event loop"):  # the control
-            asyncio.run(asyncio.sleep(0))
+            asyncio.run(coroutine)
+        coroutine.close()
         return call_reward_funcs([slow_length, length], None, ["p"], ["abc"])
 
     assert asyncio.run(notebook_cell()) == [6.0]
@@ -213,18 +215,12 @@ def test_async_functions_keep_their_loop_and_sync_ones_their_thread():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_async_functions_in_a_forked_process():
     """A data loader's worker has the parent's memory but not the thread that ran the loop: it would wait for ever."""
-    script = (
-        "import asyncio, os, signal\n"
-        "from trl_lol.rewards import call_reward_funcs\n"
-        "async def one(prompts, completions, **kwargs): return [1.0] * len(completions)\n"
-        "assert call_reward_funcs(one, None, ['p'], ['c']) == [1.0]\n"
-        "if os.fork() == 0:\n"
-        "    signal.alarm(10)\n"
-        "    os._exit(0 if call_reward_funcs(one, None, ['p'], ['c']) == [1.0] else 1)\n"
-        "raise SystemExit(os.waitpid(-1, 0)[1])\n"
-    )
-    root = Path(_cache.__file__).parents[1]
-    assert subprocess.run([sys.executable, "-c", script], cwd=root, timeout=60).returncode == 0
+    assert call_reward_funcs(slow_length, None, ["p"], ["c"]) == [1.0]
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        os._exit(0 if call_reward_funcs(slow_length, None, ["p"], ["c"]) == [1.0] else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize(
@@ -277,9 +273,9 @@ def test_errors_name_the_function():
 
 @pytest.mark.parametrize("call", [lambda f, w: call_reward_funcs(f, w, ["p"], ["a"]), weighted_sum])
 def test_wrong_reward_funcs(call):
-    with pytest.raises(TypeError, match="holds 'some/reward-model'.*adapter"):
+    with pytest.raises(TypeError, match=r"holds 'some/reward-model'.*adapter"):
         call(["some/reward-model"], None)
-    with pytest.raises(TypeError, match="holds a Linear.*adapter"):
+    with pytest.raises(TypeError, match=r"holds a Linear.*adapter"):
         call(torch.nn.Linear(1, 1), None)
     with pytest.raises(ValueError, match="1 reward weights for 2 reward functions"):
         call([length, minus_length], [1.0])
@@ -339,13 +335,11 @@ def test_ragged_groups():
     """Batches of at least 3 completions, with the completions of a row together: rows 0-2, row 3, row 4."""
     groups = [["a", "bb"], [], ["ccc"], ["d", "e", "f", "g"], ["hh"]]
     scores = [[1, 2], [], [3], [4, 5, 6, 7], [None]]
-    rows = [
-        {"prompt": f"p{i}", "completions": c, "score": s} for i, (c, s) in enumerate(zip(groups, scores, strict=True))
-    ]
-    scored = score_dataset(Dataset.from_list(rows), [ColumnReward("score"), length], [10.0, 1.0], batch_size=3)
+    dataset = Dataset.from_dict({"prompt": list("pqrst"), "completions": groups, "score": scores})
+    scored = score_dataset(dataset, [ColumnReward("score"), length], [10.0, 1.0], batch_size=3)
     assert scored["rewards"][:] == [[11.0, 22.0], [], [33.0], [41.0, 51.0, 61.0, 71.0], [2.0]]
     assert CALLS == [["a", "bb", "ccc"], ["d", "e", "f", "g"], ["hh"]]
-    assert scored["score"][:] == scores and scored["prompt"][:] == ["p0", "p1", "p2", "p3", "p4"]
+    assert scored["score"][:] == scores and scored["prompt"][:] == list("pqrst")
 
 
 def test_unscored_completions_stay_null():
@@ -394,12 +388,17 @@ def test_completion_ids(tokenizer, form):
     assert seen == ["good a </s>", "bad </s>"]
 
 
-def test_dataset_format_and_indices_are_respected():
-    rows = [{"prompt": "p", "completion": "a" * n, "number": n} for n in range(5)]
+def test_dataset_format_and_indices_are_respected(tmp_path):
+    """In torch format `score` is a tensor, of which a long one is cut short where it is printed."""
+    rows = [{"prompt": "p", "completions": ["a", "b"], "score": [float(n), 0.0], "ids": [n] * 2000} for n in range(5)]
     dataset = Dataset.from_list(rows).select([4, 1, 3]).with_format("torch")
-    scored = score_dataset(dataset, [length, ColumnReward("number")])
-    assert scored["reward"][:].tolist() == [8.0, 2.0, 6.0]
-    assert isinstance(scored[0]["number"], torch.Tensor)
+    scored = score_dataset(dataset, [length, ColumnReward("score")], cache_dir=tmp_path)
+    assert torch.stack(list(scored["rewards"])).tolist() == [[5.0, 1.0], [2.0, 1.0], [4.0, 1.0]]
+    assert isinstance(scored[0]["score"], torch.Tensor)
+    ids = [[4] * 1000 + [0] + [4] * 999, [1] * 2000, [3] * 2000]
+    changed = dataset.remove_columns("ids").add_column("ids", ids)
+    score_dataset(changed, [length, ColumnReward("score")], cache_dir=tmp_path)
+    assert len(CALLS) == 2
 
 
 def test_wrong_datasets():
@@ -440,6 +439,12 @@ def test_rewards_are_found_again(tmp_path):
     assert again["rewards"][:] == first["rewards"][:] == [[0.1 * 1 + 1.0, 0.1 * 3], []]
     score_dataset(group_dataset(), func)
     assert len(CALLS) == 2
+
+
+def test_using_a_tokenizer_does_not_change_the_key(tmp_path, tokenizer):
+    for _ in range(2):
+        score_dataset(group_dataset(), length, processing_class=tokenizer, cache_dir=tmp_path)
+    assert len(CALLS) == 1
 
 
 def test_null_survives_the_cache(tmp_path):
@@ -488,22 +493,14 @@ def test_an_edited_function_is_called_anew(tmp_path, monkeypatch):
 
 
 def test_functions_that_cannot_be_hashed_are_not_cached(tmp_path, caplog):
-    lock = threading.Lock()
+    stream = (float(i) for i in range(100))  # generators cannot be pickled
 
-    def locked(prompts, completions, **kwargs):
-        with lock:
-            CALLS.append(completions)
-            return [0.0] * len(prompts)
+    def streamed(prompts, completions, **kwargs):
+        return [next(stream) for _ in prompts]
 
-    logger = logging.get_logger("trl_lol.rewards.hashing")
-    logger.addHandler(caplog.handler)
-    logger.setLevel("INFO")
-    try:
-        for _ in range(2):
-            score_dataset(group_dataset(), locked, cache_dir=tmp_path)
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert len(CALLS) == 2 and list(tmp_path.iterdir()) == []
+    with caplog.at_level("INFO", logger="trl_lol.rewards.hashing"):
+        scored = [score_dataset(group_dataset(), streamed, cache_dir=tmp_path)["rewards"][:] for _ in range(2)]
+    assert scored == [[[0.0, 1.0], []], [[2.0, 3.0], []]] and list(tmp_path.iterdir()) == []
     assert caplog.text.count("cannot be hashed") == 2  # once per call
 
 
@@ -568,9 +565,9 @@ def test_content_key_is_of_the_content():
     rows = [{"prompt": "p", "info": {"a": 1, "b": None}}, {"prompt": "q", "info": {"a": 2, "b": "x"}}]
     dataset = Dataset.from_list(rows)
     key = content_key(dataset, ["prompt", "info"])
-    rebuilt = Dataset.from_list(
-        [{"info": {"b": r["info"]["b"], "a": r["info"]["a"]}, "prompt": r["prompt"]} for r in rows]
-    )
+    infos = [dict(reversed(row["info"].items())) for row in rows]
+    rebuilt = Dataset.from_dict({"info": infos, "prompt": ["p", "q"]})
+    assert list(rebuilt[0]["info"]) == ["b", "a"]
     assert rebuilt._fingerprint != dataset._fingerprint  # the control: datasets' own key differs
     assert content_key(rebuilt, ["prompt", "info"]) == key
     assert content_key(Dataset.from_list(rows[::-1]).select([1, 0]), ["prompt", "info"]) == key
@@ -578,30 +575,22 @@ def test_content_key_is_of_the_content():
     assert content_key(dataset, ["prompt"]) != key
 
 
-def test_keys_are_equal_across_processes(tmp_path):
+def keys() -> list:
+    dataset = Dataset.from_list([{"prompt": "p", "completion": "c", "info": {"a": 1, "b": [None, 2.5]}}])
+    funcs = [weighted_sum([ColumnReward("info"), sigmoid(ColumnReward("b"))], [1, 2])]
+    return [content_key(dataset, dataset.column_names), hash_reward_funcs(funcs), hash("control")]
+
+
+def test_keys_are_equal_across_processes():
     """Python's own hashes of strings, and with them the order of sets, change with PYTHONHASHSEED."""
-    script = (
-        "import json; from datasets import Dataset; from trl_lol._cache import content_key\n"
-        "from trl_lol.rewards import ColumnReward, sigmoid, weighted_sum\n"
-        "from trl_lol.rewards.hashing import hash_reward_funcs\n"
-        "d = Dataset.from_list([{'prompt': 'p', 'completion': 'c', 'info': {'a': 1, 'b': [None, 2.5]}}])\n"
-        "funcs = [weighted_sum([ColumnReward('info'), sigmoid(ColumnReward('b'))], [1, 2])]\n"
-        "print(json.dumps([content_key(d, d.column_names), hash_reward_funcs(funcs), hash('control')]))\n"
-    )
-    root = Path(_cache.__file__).parents[1]
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            cwd=root,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for seed in ("1", "2")
-    ]
-    first, second = (json.loads(run.communicate(timeout=120)[0]) for run in runs)
-    assert first[:2] == second[:2] and None not in first
-    assert first[2] != second[2]
+    script = "import json, test_rewards; print(json.dumps(test_rewards.keys()))"
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": paths}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    elsewhere, here = json.loads(run.stdout), keys()
+    assert elsewhere[:2] == here[:2] and None not in here
+    assert elsewhere[2] != here[2]
 
 
 # --- TRL's own trainer ---

@@ -60,7 +60,9 @@ def cached(
         `dict[str, torch.Tensor]`: The tensors, on the CPU.
     """
     state = PartialState()
-    path = cache_dir and Path(cache_dir) / f"{name}-{Hasher.hash(key)}.safetensors"
+    path = None
+    if state.is_main_process and cache_dir is not None:
+        path = Path(cache_dir) / f"{name}-{Hasher.hash(key)}.safetensors"
     is_hit = [path is not None and path.exists()]
     if state.num_processes > 1:
         broadcast_object_list(is_hit)

@@ -159,7 +159,8 @@ def reference_policy(model: torch.nn.Module, ref_model: torch.nn.Module | None) 
 def _summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
     rewards = torch.tensor([s["reward"] for s in samples if s["reward"] is not None], dtype=torch.float64)
     texts = [s["completion"] if isinstance(s["completion"], str) else s["completion"][0]["content"] for s in samples]
-    metrics = {"reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item()}
+    mean = rewards.mean()
+    metrics = {"reward": mean.item(), "reward_std": (rewards - mean).square().mean().sqrt().item()}
     if samples[0]["kl"] is not None:
         metrics["kl"] = sum(s["kl"] for s in samples) / len(samples)
     metrics["length"] = sum(s["length"] for s in samples) / len(samples)

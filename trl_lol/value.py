@@ -143,7 +143,7 @@ def predict_values(heads: Sequence[PromptValueHead], hidden_states: Sequence[Ten
         batch = hidden_states[start : start + batch_size]
         mask = pad_sequence([h.new_ones(len(h)) for h in batch], batch_first=True)
         padded = pad_sequence(list(batch), batch_first=True)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(padded.device.type, enabled=False):
             values.append(torch.stack([head.eval()(padded, mask) for head in heads]).mean(0))
     return torch.cat(values)
 
@@ -154,7 +154,7 @@ def fit_value_head(
     weights: Tensor | None = None,
     *,
     value_range: Sequence[float] | None = None,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-3,
     num_train_epochs: int = 10,
     batch_size: int = 16,
     validation_fraction: float = 0.2,
@@ -173,7 +173,7 @@ def fit_value_head(
             Number of completions behind each mean, of shape `(num_prompts,)`.
         value_range (`tuple[float, float]`, *optional*):
             See [`PromptValueHead`].
-        learning_rate (`float`, *optional*, defaults to `1e-3`):
+        learning_rate (`float`, *optional*, defaults to `3e-3`):
             Learning rate of AdamW.
         num_train_epochs (`int`, *optional*, defaults to `10`):
             Number of passes over the prompts.
@@ -200,9 +200,11 @@ def fit_value_head(
         validation, fitted = order[:num_validation] or order, order[num_validation:]
 
         head = PromptValueHead(hidden_states[0].size(-1), value_range=value_range).to(device)
-        tokens = torch.cat([hidden_states[i].float() for i in fitted])
-        head.hidden_mean.copy_(tokens.mean(0))
-        head.hidden_std.copy_(tokens.std(0).clamp(min=1e-6))
+        num_tokens = sum(len(hidden_states[i]) for i in fitted)
+        mean = sum(hidden_states[i].float().sum(0) for i in fitted) / num_tokens
+        variance = sum((hidden_states[i].float() - mean).square().sum(0) for i in fitted) / num_tokens
+        head.hidden_mean.copy_(mean)
+        head.hidden_std.copy_(variance.sqrt().clamp(min=1e-6))
         head.reward_mean.copy_((rewards * weights)[fitted].sum() / weights[fitted].sum())
         head.reward_std.copy_(rewards[fitted].std(correction=0).clamp(min=1e-6))
         optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate)

@@ -99,7 +99,12 @@ def score_dataset(
     rows = dataset.with_format(None)
     key = None
     if cache_dir is not None:
-        key = (content_key(rows, columns), hash_reward_funcs(reward_funcs), reward_weights, processing_class)
+        key = (
+            content_key(rows, columns),
+            hash_reward_funcs(reward_funcs),
+            reward_weights,
+            _identity(processing_class),
+        )
         cache_dir = None if key[1] is None else cache_dir
     rewards = cached(cache_dir, "rewards", key, partial(_score_all, rows, score, batch_size))
     rewards = _as_columns(names, _split(rewards["rewards"], rewards["sizes"]))
@@ -107,6 +112,14 @@ def score_dataset(
     for name in names:
         dataset = dataset.add_column(name, rewards[name], feature=REWARD_FEATURES[name])
     return dataset
+
+
+def _identity(processing_class: PreTrainedTokenizerBase | None) -> Any:
+    """What decides the tokens. The tokenizer object itself would not do: it changes when it is used."""
+    if processing_class is None:
+        return None
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    return sorted(tokenizer.get_vocab().items()), processing_class.chat_template
 
 
 def _score_all(rows: Dataset, score: Callable[..., list[Rewards]], batch_size: int) -> dict[str, Tensor]:

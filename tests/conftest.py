@@ -1,0 +1,89 @@
+"""Fixtures that every test file shares. Nothing here needs a network, a hub or an accelerator."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
+
+from trl_lol import score_dataset, toy
+
+
+torch.set_num_threads(1)
+datasets.disable_progress_bars()
+
+Config = TypeVar("Config", bound=TrainingArguments)
+
+
+@pytest.fixture(scope="session")
+def dialogues() -> Dataset:
+    """60 prompts with 4 answers each."""
+    return toy.make_dialogues(num_prompts=60)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(dialogues: Dataset) -> PreTrainedTokenizerFast:
+    """The toy world's tokenizer. A test that changes it must work on a copy."""
+    return toy.make_tokenizer(dialogues)
+
+
+@pytest.fixture(scope="session")
+def pairs(dialogues: Dataset) -> Dataset:
+    """120 conversational preferences without scores: `prompt`, `chosen`, `rejected`, `subset`."""
+    return toy.preference_pairs(dialogues)
+
+
+@pytest.fixture(scope="session")
+def scored_pairs(pairs: Dataset) -> Dataset:
+    """The same with `chosen_reward` and `rejected_reward`."""
+    return score_dataset(pairs, toy.oracle_reward)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedModel]:
+    """Makes a fresh Llama with 2 layers of width 32. The same seed gives the same weights."""
+
+    def make(seed: int = 0) -> PreTrainedModel:
+        return toy.make_model(tokenizer, seed, hidden_size=32, num_layers=2)
+
+    return make
+
+
+def cpu_args(config_class: type[Config], output_dir: str | Path, **overrides: Any) -> Config:
+    """
+    A config for a few steps on the CPU that leaves nothing behind but what the trainer itself writes.
+
+    Args:
+        config_class (`type[TrainingArguments]`):
+            Class of the config.
+        output_dir (`str` or `Path`):
+            Output directory.
+        **overrides:
+            Fields of the config, over the ones set here.
+
+    Returns:
+        `TrainingArguments`: The config.
+    """
+    fields = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 8,
+    }
+    return config_class(str(output_dir), **(fields | overrides))

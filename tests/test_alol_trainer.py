@@ -1,0 +1,462 @@
+"""A-LoL through the real trainer: equalities that must hold, resume, models, metrics, files and errors."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from conftest import cpu_args
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from trl_lol import ALoLConfig, ALoLTrainer, toy
+from trl_lol.advantages import sequence_advantages
+from trl_lol.losses import ALOL_LOSS_TYPES, alol_loss
+from trl_lol.offline.sampling import EpochSampler
+
+
+LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="gaussian")
+
+
+@pytest.fixture
+def build(tmp_path, tokenizer, tiny_model, scored_pairs):
+    """Makes a trainer on 120 scored preferences, 240 completions."""
+
+    def build(model=None, output_dir=tmp_path, train_dataset=scored_pairs, reward_funcs=None, **kwargs):
+        trainer_kwargs = {k: kwargs.pop(k) for k in ("peft_config", "ref_model", "eval_dataset") if k in kwargs}
+        settings = {"learning_rate": 1e-3, "value_num_train_epochs": 2, "lr_scheduler_type": "constant"}
+        return ALoLTrainer(
+            model if model is not None else tiny_model(),
+            args=cpu_args(ALoLConfig, output_dir, **(settings | kwargs)),
+            train_dataset=train_dataset,
+            processing_class=tokenizer,
+            reward_funcs=reward_funcs,
+            **trainer_kwargs,
+        )
+
+    return build
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def distance(a, b):
+    """Largest difference of two models' trained weights."""
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def run(trainer, **kwargs):
+    trainer.train(**kwargs)
+    return logged(trainer, "loss"), weights(trainer)
+
+
+# ---- The loss that is trained on ----
+
+
+@pytest.mark.parametrize("loss_type", ALOL_LOSS_TYPES)
+def test_loss_is_the_papers(build, loss_type):
+    """The trainer's loss is `alol_loss` on log-probabilities computed here by a plain forward, at the first and at a
+    later step."""
+    trainer = build(loss_type=[loss_type], beta=0.05, sampling="uniform")
+    trainer.train()
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
+    trainer.model.train()
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, batch)
+
+        def logps(model):
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+            return logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+
+        expected = alol_loss(
+            logps(trainer.model),
+            logps(trainer.ref_model),
+            batch["completion_mask"][:, 1:],
+            batch["advantages"],
+            loss_type=loss_type,
+            beta=0.05,
+        ).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_losses_combine_with_weights(build):
+    single = [build(loss_type=[t], seed=1) for t in ("alol", "nll")]
+    mixed = build(loss_type=["alol", "nll"], loss_weights=[0.5, 0.25], seed=1)
+    batch = mixed.data_collator([mixed.train_dataset[i] for i in range(4)])
+    alol, nll, both = (t.compute_loss(t.model, dict(batch)) for t in (*single, mixed))
+    torch.testing.assert_close(both, 0.5 * alol + 0.25 * nll)
+
+
+def test_advantage_weighting_off_leaves_the_weight_to_the_sampling(build):
+    on, off = build(), build(advantage_weighting=False)
+    batch = on.data_collator([on.train_dataset[0]])
+    advantage = batch["advantages"].item()
+    assert advantage > 0
+    for trainer in (on, off):
+        trainer.model.train()
+    torch.testing.assert_close(
+        on.compute_loss(on.model, dict(batch)), advantage * off.compute_loss(off.model, dict(batch))
+    )
+
+
+# ---- Equalities ----
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_cached_reference_equals_live_reference(build, tmp_path, peft_config):
+    live = build(output_dir=tmp_path / "live", peft_config=peft_config, max_steps=4)
+    cached = build(output_dir=tmp_path / "cached", peft_config=peft_config, max_steps=4, precompute_ref_log_probs=True)
+    assert cached.ref_model is None and "ref_logps" in cached.train_dataset.column_names
+    (live_losses, live_weights), (cached_losses, cached_weights) = run(live), run(cached)
+    assert live_losses == pytest.approx(cached_losses, rel=1e-6, abs=1e-6)
+    assert distance(live_weights, cached_weights) <= 1e-6
+    # Control: with another reference the losses differ
+    cached.train_dataset = cached.train_dataset.map(
+        lambda row: {"ref_logps": [[x - 0.05 for x in row["ref_logps"][0]]]}
+    )
+    assert run(cached)[0] != pytest.approx(live_losses, rel=1e-3)
+
+
+def test_accumulation_equals_one_batch(build, tmp_path):
+    one = run(build(output_dir=tmp_path / "a", per_device_train_batch_size=8))
+    two = run(build(output_dir=tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=4))
+    assert one[0] == pytest.approx(two[0], rel=1e-6)
+    assert distance(one[1], two[1]) <= 5e-6
+
+
+def test_loss_does_not_depend_on_padding_order_or_split(build):
+    trainer = build(precompute_ref_log_probs=True)
+    rows = [trainer.train_dataset[i] for i in range(8)]
+    trainer.model.train()
+
+    def loss(rows):
+        with torch.no_grad():
+            return trainer.compute_loss(trainer.model, trainer.data_collator(rows)).item()
+
+    whole = loss(rows)
+    assert loss(rows[::-1]) == pytest.approx(whole, rel=1e-6)
+    assert sum(loss(rows[i : i + 2]) for i in (0, 2, 4, 6)) / 4 == pytest.approx(whole, rel=1e-6)
+    trainer.data_collator.pad_to_multiple_of = 128
+    assert loss(rows) == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_same_seed_gives_the_same_run_and_checkpointing_changes_nothing(build, tmp_path, peft_config):
+    first = run(build(output_dir=tmp_path / "a", peft_config=peft_config))
+    again = run(build(output_dir=tmp_path / "b", peft_config=peft_config))
+    checkpointed = run(build(output_dir=tmp_path / "c", peft_config=peft_config, gradient_checkpointing=True))
+    other_seed = run(build(output_dir=tmp_path / "d", peft_config=peft_config, seed=1))
+    assert first[0] == again[0] == checkpointed[0] and first[0] != other_seed[0]
+    assert distance(first[1], again[1]) == 0 and distance(first[1], checkpointed[1]) == 0
+
+
+class StopAt(TrainerCallback):
+    """Ends the run as a kill would, right after the checkpoint of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize("sampling", ["priority", "uniform"])
+@pytest.mark.parametrize("stop", ["middle of epoch 1", "end of epoch 1", "middle of epoch 2"])
+def test_resume_equals_uninterrupted(build, tmp_path, sampling, stop):
+    kwargs = {
+        "sampling": sampling, "num_train_epochs": 2, "max_steps": -1, "per_device_train_batch_size": 16,
+        "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "linear", "precompute_ref_log_probs": True,
+        "learning_rate": 5e-3,
+    }  # fmt: skip
+    whole = build(output_dir=tmp_path / "whole", **kwargs)
+    whole.train()
+    steps = whole.state.global_step // 2
+    step = {"middle of epoch 1": steps // 2, "end of epoch 1": steps, "middle of epoch 2": steps + steps // 2}[stop]
+
+    interrupted = build(output_dir=tmp_path / "run", **kwargs)
+    interrupted.add_callback(StopAt(step))
+    interrupted.train()
+    assert interrupted.state.global_step == step
+    checkpoint = str(tmp_path / "run" / f"checkpoint-{step}")
+    resumed = build(output_dir=tmp_path / "run", **kwargs)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert resumed.state.global_step == whole.state.global_step
+    assert logged(resumed, "loss") == logged(whole, "loss")
+    assert distance(weights(resumed), weights(whole)) == 0
+    if stop != "end of epoch 1":  # Control: where the sampler stood is part of the state
+        ignoring = build(output_dir=tmp_path / "run", ignore_data_skip=True, **kwargs)
+        ignoring.train(resume_from_checkpoint=checkpoint)
+        assert distance(weights(ignoring), weights(whole)) > 1e-3
+
+
+# ---- The reference ----
+
+
+def test_first_log_ratio_is_zero(build, tmp_path, tiny_model):
+    changed = tiny_model()
+    tiny_model(seed=9).save_pretrained(tmp_path / "elsewhere")
+    changed.config._name_or_path = str(tmp_path / "elsewhere")  # what DPOTrainer would load as the reference
+    adapted = get_peft_model(tiny_model(), LORA)
+    torch.nn.init.normal_(next(p for n, p in adapted.named_parameters() if "lora_B" in n), std=0.1)
+    used = build(max_steps=2)
+    used.train()
+    cases = {
+        "built from a config": {},
+        "cached": {"precompute_ref_log_probs": True},
+        "changed in memory": {"model": changed},
+        "lora": {"peft_config": LORA},
+        "lora, cached": {"peft_config": LORA, "precompute_ref_log_probs": True},
+        "a PEFT model that was trained before": {"model": adapted},
+        "a policy that another trainer has patched": {"model": used.model},
+    }
+    for case, kwargs in cases.items():
+        trainer = build(output_dir=tmp_path / case.replace(" ", "-"), max_steps=2, **kwargs)
+        trainer.train()
+        first, second = logged(trainer, "logratio/mean")
+        assert abs(first) <= 1e-6, case
+        assert abs(second) > 1e-6, case
+    # Control: a reference that is not the initial policy is noticed
+    trainer = build(output_dir=tmp_path / "control", max_steps=1, ref_model=tiny_model(seed=9))
+    trainer.train()
+    assert abs(logged(trainer, "logratio/mean")[0]) > 1e-3
+
+
+def test_reference_is_frozen_and_not_shared(build, tiny_model):
+    trainer = build()
+    before = {name: p.clone() for name, p in trainer.ref_model.named_parameters()}
+    trainer.train()
+    assert all(torch.equal(p, before[name]) for name, p in trainer.ref_model.named_parameters())
+    assert not any(p.requires_grad for p in trainer.ref_model.parameters())
+    assert build(precompute_ref_log_probs=True).ref_model is None  # nothing but the policy in memory
+
+
+# ---- Advantages and what is kept ----
+
+
+def test_advantages_are_rewards_minus_the_prompts_value_and_negative_ones_are_dropped(build, scored_pairs):
+    trainer = build()
+    everything = build(advantage_filter="none")
+    rewards = torch.tensor([r for row in scored_pairs for r in (row["chosen_reward"], row["rejected_reward"])])
+    assert len(everything.train_dataset) == 240
+    torch.testing.assert_close(torch.tensor(everything.train_dataset["rewards"]).view(-1), rewards)
+    advantages = torch.tensor(everything.train_dataset["advantages"]).view(-1)
+    values = rewards - advantages
+    for i in range(0, 240, 4):  # two rows of two completions each have one prompt, hence one value
+        assert (values[i : i + 4] - values[i]).abs().max() < 1e-5
+    kept = torch.tensor(trainer.train_dataset["advantages"]).view(-1)
+    torch.testing.assert_close(kept, advantages[advantages > 0])
+    report = trainer.advantage_report
+    assert (report.num_kept, report.num_completions) == (len(kept), 240) and 0 < len(kept) < 240
+    assert sum(total for _, total in report.subsets.values()) == 240
+
+
+@pytest.mark.parametrize("baseline", ["group_mean", "leave_one_out", "batch_mean", "none"])
+def test_other_baselines(build, scored_pairs, baseline):
+    """The four completions of a prompt are one group, although they stand in two rows."""
+    trainer = build(baseline=baseline, advantage_filter="none")
+    rewards = torch.tensor([r for row in scored_pairs for r in (row["chosen_reward"], row["rejected_reward"])])
+    expected = sequence_advantages(rewards, group_ids=torch.arange(240) // 4, baseline=baseline)
+    torch.testing.assert_close(torch.tensor(trainer.train_dataset["advantages"]).view(-1), expected)
+
+
+def test_baseline_losses_use_every_row_with_its_reward(build):
+    for loss_type in ("wbc", "r_gold", "r_lol", "nll"):
+        trainer = build(loss_type=[loss_type])
+        assert len(trainer.train_dataset) == 240
+        rewards, advantages = (torch.tensor(trainer.train_dataset[name][:]) for name in ("rewards", "advantages"))
+        torch.testing.assert_close(advantages, rewards)
+        assert trainer._get_train_sampler().cumulative is None
+        assert trainer.advantage_report is None
+
+
+def test_signed_advantages_are_sampled_uniformly_and_keep_their_sign(build):
+    trainer = build(advantage_filter="none")
+    assert trainer._get_train_sampler().cumulative is None
+    advantages = torch.tensor(trainer.train_dataset["advantages"]).view(-1)
+    batch = trainer.data_collator([trainer.train_dataset[int(advantages.argmin())]])
+    assert batch["advantages"].item() < 0
+    trainer.model.train()
+    assert trainer.compute_loss(trainer.model, batch).item() < 0
+
+
+def test_priority_sampler_draws_by_advantage(build):
+    sampler = build()._get_train_sampler()
+    assert isinstance(sampler, EpochSampler) and sampler.cumulative is not None
+    trainer = build()
+    advantages = torch.tensor(trainer.train_dataset["advantages"], dtype=torch.double).view(-1)
+    torch.testing.assert_close(sampler.cumulative, advantages.cumsum(0))
+    assert len(sampler) == len(trainer.train_dataset)
+
+
+def test_evaluation_uses_every_row(build, scored_pairs):
+    trainer = build(eval_dataset={"small": scored_pairs.select(range(10)), "large": scored_pairs})
+    assert [len(d) for d in trainer.eval_dataset.values()] == [20, 240]
+    metrics = trainer.evaluate()
+    assert 0 < metrics["eval_large_loss"] < float("inf")
+    # TRL logs what the loss collects as `eval_…` whatever the set is called; the larger one came last
+    rewards = [r for row in scored_pairs for r in (row["chosen_reward"], row["rejected_reward"])]
+    assert logged(trainer, "eval_rewards/mean")[-1] == pytest.approx(sum(rewards) / 240, rel=1e-5)
+    kept = trainer.advantage_report.kept_fraction
+    assert logged(trainer, "eval_advantages/kept_fraction")[-1] == pytest.approx(kept, abs=0.1)
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_evaluate_takes_new_rows_after_training(build, scored_pairs, peft_config):
+    """Values of prompts that come later are those of the reference, not of the trained policy."""
+    trainer = build(peft_config=peft_config)
+    before = trainer._prepare_dataset(scored_pairs.select(range(20)), trainer.processing_class, trainer.args, "eval")
+    trainer.train()
+    trainer.cache_dir = trainer.value_estimator.cache_dir = None
+    after = trainer._prepare_dataset(scored_pairs.select(range(20)), trainer.processing_class, trainer.args, "eval")
+    torch.testing.assert_close(torch.tensor(after["advantages"][:]), torch.tensor(before["advantages"][:]))
+    metrics = trainer.evaluate(scored_pairs.select(range(20)))
+    assert torch.isfinite(torch.tensor(metrics["eval_loss"]))
+
+
+def test_everything_slow_is_cached(build, scored_pairs, monkeypatch):
+    calls = []
+
+    def count(num_completions):
+        calls.append(num_completions)
+
+    monkeypatch.setattr(toy, "count", count, raising=False)  # where the hash of the function does not see it
+
+    def reward(completions, **kwargs):
+        toy.count(len(completions))
+        return [float(len(c[0]["content"])) for c in completions]
+
+    first = build(reward_funcs=reward, precompute_ref_log_probs=True)
+    files = sorted(path.name.split("-")[0] for path in (first.cache_dir).iterdir())
+    assert files == ["ref_logps_train", "rewards", "value_head"] and sum(calls) == 240
+    monkeypatch.setattr("trl_lol.value.prompt_hidden_states", None)  # what is not called need not be there
+    monkeypatch.setattr(ALoLTrainer, "compute_ref_log_probs", None)
+    second = build(reward_funcs=reward, precompute_ref_log_probs=True)
+    assert sum(calls) == 240
+    assert second.train_dataset[:] == first.train_dataset[:]
+
+
+# ---- Files and metrics ----
+
+
+def test_metrics_report_and_model_card(build, tmp_path):
+    trainer = build(loss_type=["alol"], save_strategy="steps", save_steps=3)
+    trainer.train()
+    names = {
+        "loss", "rewards/mean", "logps/mean", "logratio/mean", "entropy", "mean_token_accuracy", "num_tokens",
+        "advantages/mean", "advantages/kept_fraction", "importance_ratio/mean", "importance_ratio/clipped",
+    }  # fmt: skip
+    assert names <= trainer.state.log_history[0].keys()
+    assert logged(trainer, "importance_ratio/mean")[0] == 1 and logged(trainer, "importance_ratio/clipped")[0] == 0
+    assert logged(trainer, "advantages/kept_fraction")[0] == pytest.approx(trainer.advantage_report.kept_fraction)
+    report = json.loads((tmp_path / "advantage_report.json").read_text())
+    assert report["num_kept"] == trainer.advantage_report.num_kept
+    card = (tmp_path / "README.md").read_text()
+    assert "Leftover Lunch" in card and "2305.14718" in card and "baheti2024leftover" in card
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_saved_model_loads_without_this_package(build, tmp_path, peft_config, tiny_model):
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    trainer = build(model, output_dir=tmp_path / "out", peft_config=peft_config)
+    trainer.train()
+    trainer.save_model()
+    auto_class = AutoPeftModelForCausalLM if peft_config else AutoModelForCausalLM
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = auto_class.from_pretrained(tmp_path / "out").eval()
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "out")("Hello, my printer", return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, trainer.model.eval()(**inputs).logits)
+
+
+# ---- Errors ----
+
+
+def test_all_advantages_negative(build):
+    rows = {"prompt": ["a", "b"], "completions": [["x", "y"], ["z", "w"]], "rewards": [[1.0, 1.0], [2.0, 2.0]]}
+    with pytest.raises(ValueError, match=r"(?s)nothing to train on.*rewards.*baseline"):
+        build(train_dataset=Dataset.from_dict(rows), baseline="group_mean")
+
+
+def test_value_range_must_hold_the_rewards(build):
+    with pytest.raises(ValueError, match=r"value_range.*does not hold the rewards"):
+        build(value_range=[0.0, 0.1])
+
+
+def test_warnings_about_unbounded_losses(build, caplog):
+    build(loss_type=["alol_kl"], beta=0.5)
+    assert "below `beta=0.5`" in caplog.text
+    caplog.clear()
+    build(loss_type=["wbc"])
+    assert "negative reward" in caplog.text
+    caplog.clear()
+    build(loss_type=["nll"])
+    build(loss_type=["alol_kl"], beta=0.0)
+    assert "without bound" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": ["sigmoid"]}, r"accepts .*'alol'"),
+        ({"loss_type": ["alol", "wbc"]}, "mixes"),
+        ({"baseline": "mean"}, "Use one of"),
+        ({"advantage_filter": "all"}, "Use one of"),
+        ({"sampling": "weighted"}, "Use one of"),
+        ({"value_source": "oracle"}, "Use one of"),
+        ({"sync_ref_model": True}, "sync_ref_model"),
+        ({"epsilon": 0.0}, "epsilon"),
+        ({"value_range": [1.0, 0.0]}, "value_range"),
+        ({"advantage_weighting": False, "advantage_filter": "none"}, "advantage_weighting"),
+        ({"train_sampling_strategy": "group_by_length"}, 'sampling="uniform"'),
+    ],
+)
+def test_config_errors_say_what_to_change(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        cpu_args(ALoLConfig, tmp_path, **settings)
+
+
+def test_reward_function_errors_name_it_and_leave_nothing_behind(build, tmp_path):
+    def broken(completions, **kwargs):
+        raise KeyError("missing")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        build(reward_funcs=broken)
+    assert not list(tmp_path.glob("cache/*"))
+
+
+def test_learning_raises_the_reward(tmp_path, tokenizer, tiny_model, dialogues):
+    """Completions are one of two words; the reward of the first is 1, of the second 0. After training the policy
+    prefers the first, and with the rewards swapped, the control, the second."""
+    good, bad = [{"role": "assistant", "content": "yes"}], [{"role": "assistant", "content": "no"}]
+    prompts = dialogues["prompt"][:]
+    for rewards, sign in (([1.0, 0.0], 1), ([0.0, 1.0], -1)):
+        for seed in range(3):
+            rows = Dataset.from_dict(
+                {"prompt": prompts, "completions": [[good, bad]] * len(prompts), "rewards": [rewards] * len(prompts)}
+            )
+            trainer = ALoLTrainer(
+                tiny_model(seed),
+                args=cpu_args(ALoLConfig, tmp_path, learning_rate=1e-2, max_steps=15, seed=seed),
+                train_dataset=rows,
+                eval_dataset=rows.select(range(8)),
+                processing_class=tokenizer,
+            )
+            trainer.train()
+            batch = trainer.data_collator([trainer.eval_dataset[i] for i in range(8)])
+            with torch.no_grad():
+                outputs = trainer.model(
+                    input_ids=batch["input_ids"],
+                    labels=batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100),
+                    fused_lm_head=True,
+                )
+            gap = outputs.log_probs.sum(1)[0::2] - outputs.log_probs.sum(1)[1::2]
+            assert (sign * gap).min() > 2

@@ -1,0 +1,461 @@
+"""
+What this package relies on in TRL beyond its documented behaviour. A new TRL that moves one of these seams fails here,
+with a sentence that names the seam and who stands on it, and not deep in a run.
+"""
+
+import ast
+import asyncio
+import dataclasses
+import functools
+import inspect
+import textwrap
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from importlib.metadata import requires
+from typing import Any
+
+import pytest
+import torch
+import trl
+from conftest import cpu_args
+from datasets import Dataset
+from packaging.requirements import Requirement
+from packaging.version import Version
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, extract_prompt, is_conversational
+from trl.trainer.utils import FusedCausalLMOutput
+
+from trl_lol import ALoLConfig, _trl, score_dataset
+from trl_lol.offline.base_config import _OfflineRewardConfig
+from trl_lol.offline.trainer import _OfflineRewardTrainer
+
+
+def signature(function: Callable) -> str:
+    """Parameters with their order and defaults, without annotations."""
+    parameters = [p.replace(annotation=p.empty) for p in inspect.signature(function).parameters.values()]
+    return str(inspect.Signature(parameters))
+
+
+def test_version():
+    (pin,) = [r for r in map(Requirement, requires("trl-lol")) if r.name == "trl"]
+    message = (
+        f"TRL {trl.__version__} is not the minor version that the seams were read in, 1.16. Read trl_lol/_trl.py and "
+        "this file beside the new TRL, then move the pin in pyproject.toml and here."
+    )
+    assert Version("1.16") <= Version(trl.__version__) < Version("1.17"), message
+    assert Version(trl.__version__) in pin.specifier and Version("1.17") not in pin.specifier, message
+
+
+# ---- Borrowed functions ----
+
+BORROWED = {
+    "common_prefix_length": "(ids, other_ids)",
+    "disable_gradient_checkpointing": "(model, gradient_checkpointing_kwargs=None)",
+    "get_callable_name": "(func)",
+    "get_config_model_id": "(config)",
+    "get_dataset_column_names": "(dataset)",
+    "global_then_local_main_first": "()",
+    "hash_module": "(module)",
+    "is_async_callable": "(func)",
+    "pad": "(tensors, padding_value=0, padding_side='right', pad_to_multiple_of=None)",
+    "start_event_loop_in_daemon": "(name=None)",
+    "tokenize": "(processing_class, input, **apply_chat_template_kwargs)",
+    "unwrap_model_for_generation": "(model, accelerator, gather_deepspeed3_params=True, generation_kwargs=None, "
+    "gradient_checkpointing_kwargs=None)",
+    "use_adapter": "(model, adapter_name)",
+}
+
+
+@pytest.mark.parametrize("name", _trl.__all__)
+def test_borrowed_functions_have_the_signature_they_are_called_with(name):
+    assert name in BORROWED, f"trl_lol/_trl.py borrows `{name}` and nothing pins it: add its signature to `BORROWED`"
+    found = signature(getattr(_trl, name))
+    assert found == BORROWED[name], f"TRL's `{name}` is borrowed in trl_lol/_trl.py and now takes {found}"
+
+
+def test_nothing_is_pinned_that_is_not_borrowed():
+    assert BORROWED.keys() == set(_trl.__all__)
+
+
+def test_tokenize(tokenizer):
+    """Text goes through the tokenizer, messages through the chat template, and both give one flat list."""
+    message = "`tokenize_row` relies on TRL's `_tokenize`: {'input_ids': flat list} for one text or one message list"
+    ids = _trl.tokenize(tokenizer, "How?")["input_ids"]
+    assert ids == tokenizer("How?")["input_ids"] and all(isinstance(i, int) for i in ids), message
+    chat = [{"role": "user", "content": "How?"}]
+    end, user, assistant = tokenizer.convert_tokens_to_ids(["<|end|>", "<|user|>", "<|assistant|>"])
+    rendered = _trl.tokenize(tokenizer, chat, add_generation_prompt=True, tools=None)["input_ids"]
+    assert list(rendered) == [user, *ids, end, assistant], message
+
+
+def test_borrowed_functions_do_what_they_are_relied_on_for(tiny_model, scored_pairs):
+    assert _trl.common_prefix_length([1, 2, 3], [1, 2, 4, 3]) == 2, "`common_prefix_length`: the shared beginning"
+    padded = _trl.pad([torch.tensor([1, 2, 3]), torch.tensor([4])], 9, padding_side="right", pad_to_multiple_of=2)
+    assert padded.tolist() == [[1, 2, 3, 9], [4, 9, 9, 9]], "`pad` fills up on the right to a multiple: the collator"
+
+    def reward(**kwargs):
+        return []
+
+    class AsyncReward:
+        async def __call__(self, **kwargs):
+            return []
+
+    names = [_trl.get_callable_name(f) for f in (reward, functools.partial(reward, x=1), AsyncReward())]
+    assert names == ["reward", "reward", "AsyncReward"], "`get_callable_name` names reward functions in errors"
+    kinds = [_trl.is_async_callable(f) for f in (reward, AsyncReward(), functools.partial(AsyncReward()))]
+    assert kinds == [False, True, True], "`is_async_callable` knows partials and callable classes"
+
+    columns = scored_pairs.column_names
+    stream = scored_pairs.to_iterable_dataset().map(lambda row: row)  # its features are unknown
+    for dataset in (scored_pairs, stream):
+        assert _trl.get_dataset_column_names(dataset) == columns, "`get_dataset_column_names` reads streams as well"
+
+    model, same = tiny_model(), tiny_model()
+    message = (
+        "`hash_module` hashes what the weights are, which keys the caches of reference log-probabilities and values"
+    )
+    assert _trl.hash_module(model) == _trl.hash_module(same) != _trl.hash_module(tiny_model(seed=1)), message
+    assert _trl.get_config_model_id(model.config) == "", "`get_config_model_id` is `_name_or_path`: args=None's folder"
+
+    model.gradient_checkpointing_enable()
+    with _trl.disable_gradient_checkpointing(model, None):
+        assert not model.is_gradient_checkpointing, "`disable_gradient_checkpointing` serves the reference forwards"
+    assert model.is_gradient_checkpointing, "`disable_gradient_checkpointing` puts back what it found"
+
+    with _trl.global_then_local_main_first():
+        pass  # a context manager without arguments, also outside a distributed run
+
+
+def test_start_event_loop():
+    thread, loop, ready = _trl.start_event_loop_in_daemon(name="seam")
+    message = "`start_event_loop_in_daemon` gives (thread, loop, event): rewards/calling.py waits for the event"
+    assert isinstance(thread, threading.Thread) and thread.daemon and thread.name == "seam", message
+    assert ready.wait(5) and isinstance(loop, asyncio.AbstractEventLoop), message
+    assert asyncio.run_coroutine_threadsafe(asyncio.sleep(0, "done"), loop).result(5) == "done", message
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(5)
+
+
+def test_use_adapter(tiny_model):
+    """`None` switches the adapters off, a name chooses one; afterwards the former is active again."""
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny_model(), config)
+    model.add_adapter("ref", config)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        policy = model(ids).logits
+        outputs = []
+        for name in (None, "ref"):
+            with _trl.use_adapter(model, name):
+                outputs.append(model(ids).logits)
+        base = model.get_base_model()
+        after = model(ids).logits
+    message = "`use_adapter` makes the reference policy out of a PEFT model in `_reference_policy`"
+    assert torch.equal(after, policy) and model.active_adapter == "default", message
+    assert torch.allclose(outputs[0], tiny_model().eval()(ids).logits, atol=1e-6) and base is not model, message
+    assert not torch.allclose(outputs[0], outputs[1]) and not torch.allclose(outputs[1], policy), message
+
+
+def test_public_functions_with_private_details():
+    """`as_group` reads implicit prompts as TRL does, and takes a row as conversational where TRL does."""
+    row = {"chosen": "a b", "rejected": "a c"}
+    assert extract_prompt(row) == {"prompt": "a", "chosen": " b", "rejected": " c"}, "`extract_prompt`, see `as_group`"
+    messages = [{"role": "user", "content": "a"}]
+    assert is_conversational({"prompt": messages, "completion": messages}), "`is_conversational`, see `Group`"
+    assert not is_conversational({"prompt": "a", "completion": "b"}), "`is_conversational`, see `Group`"
+
+
+# ---- DPOTrainer: what is overridden, and what is called ----
+
+DPO_INIT = (
+    "(self, model, ref_model=None, args=None, data_collator=None, train_dataset=None, eval_dataset=None, "
+    "processing_class=None, compute_metrics=None, callbacks=None, optimizers=(None, None), quantization_config=None, "
+    "peft_config=None)"
+)
+
+
+def test_constructor():
+    """Positional arguments of a DPO script reach the same parameter as well: the order is kept, and ours come last."""
+    found = signature(DPOTrainer.__init__)
+    assert found == DPO_INIT, (
+        f"`DPOTrainer.__init__` now takes {found}: `_OfflineRewardTrainer` repeats its parameters"
+    )
+    assert signature(_OfflineRewardTrainer.__init__) == f"{DPO_INIT[:-1]}, reward_funcs=None)"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    {
+        "_prepare_dataset": "(self, dataset, processing_class, args, dataset_name)",
+        "_set_signature_columns_if_needed": "(self)",
+        "compute_ref_log_probs": "(self, model, inputs)",
+        "_precompute_ref_logps": "(self, dataset, name, batch_size)",
+        "_compute_loss": "(self, model, inputs, return_outputs)",
+        "_get_train_sampler": "(self, train_dataset=None)",
+    }.items(),
+)
+def test_overridden_methods(name, expected):
+    found = signature(getattr(DPOTrainer, name))
+    assert found == expected, f"`_OfflineRewardTrainer` overrides `DPOTrainer.{name}`, which now takes {found}"
+    assert name in vars(_OfflineRewardTrainer), f"`{name}` is no longer overridden: remove the pin"
+    assert signature(getattr(_OfflineRewardTrainer, name)) == expected, f"our `{name}` differs from DPOTrainer's"
+
+
+def test_no_other_method_is_overridden():
+    """A subclass stays shallow, and a new name of ours must not replace one of TRL's by accident."""
+    own = {name for name in vars(_OfflineRewardTrainer) if not name.startswith("__")}
+    overridden = {name for name in own if hasattr(DPOTrainer, name)} - {"_abc_impl"}
+    assert overridden == {
+        "_prepare_dataset",
+        "_set_signature_columns_if_needed",
+        "compute_ref_log_probs",
+        "_precompute_ref_logps",
+        "_compute_loss",
+        "_get_train_sampler",
+    }
+
+
+def statements(function: Callable) -> list[ast.stmt]:
+    """The statements of a function's body."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    return definition.body
+
+
+def calls(node: ast.AST) -> list[str]:
+    """Everything that is called in a piece of source, in its order."""
+    return [ast.unparse(n.func) for n in ast.walk(node) if isinstance(n, ast.Call)]
+
+
+def test_constructor_precomputes_last():
+    """
+    `_finish_dataset` computes advantages before reference log-probabilities, after DPOTrainer's constructor, in which
+    `_precompute_ref_logps` returns at once. Nothing may come after it that would need what it did not do.
+    """
+    *before, last = statements(DPOTrainer.__init__)
+    message = "DPOTrainer's constructor no longer ends with `_precompute_ref_logps`, on which `_constructed` relies"
+    assert isinstance(last, ast.If) and ast.unparse(last.test) == "args.precompute_ref_log_probs", message
+    assert calls(last).count("self._precompute_ref_logps") == 3, message  # train, eval, each of several eval datasets
+    assert not any("self._precompute_ref_logps" in calls(statement) for statement in before), message
+    written = {ast.unparse(t) for n in ast.walk(last) if isinstance(n, ast.Assign) for t in n.targets}
+    assert written == {"self.train_dataset", "self.eval_dataset", "self.ref_model"}, message
+
+
+def test_constructor_prepares_datasets_before_an_accelerator_exists():
+    order = [name for statement in statements(DPOTrainer.__init__) for name in calls(statement)]
+    first_prepare, parent = order.index("self._prepare_dataset"), order.index("super().__init__")
+    message = "`_prepare_dataset` now runs after Trainer's constructor: PartialState is not needed any more"
+    assert first_prepare < parent, message
+    copies = order.index("create_model_from_path", parent)
+    message = "DPOTrainer no longer loads a missing reference after Trainer's constructor: see `_copy_as_reference`"
+    assert parent < copies, message
+
+
+def test_loss_is_not_scaled():
+    message = (
+        "`loss_is_scaled_for_ga` must be False: `_loss` returns the mean of a micro-batch, and Trainer divides it"
+    )
+    assert DPOTrainer.loss_is_scaled_for_ga is False, message
+    assert _OfflineRewardTrainer.loss_is_scaled_for_ga is False, message
+
+
+@pytest.fixture(scope="module")
+def dpo(tmp_path_factory, tiny_model, tokenizer, pairs) -> DPOTrainer:
+    args = cpu_args(DPOConfig, tmp_path_factory.mktemp("dpo"))
+    return DPOTrainer(tiny_model(), tiny_model(seed=1), args, train_dataset=pairs.take(8), processing_class=tokenizer)
+
+
+def test_attributes_after_construction(dpo, tokenizer):
+    expected = {
+        "_tokenizer": lambda x: x is tokenizer and x.pad_token_id is not None,
+        "precompute_ref_logps": lambda x: x is False,
+        "loss_types": lambda x: x == ["sigmoid"],
+        "loss_weights": lambda x: x == [1.0],
+        "aux_loss_enabled": lambda x: x is False,
+        "router_aux_loss_coef": lambda x: x == 0.0,
+        "_metrics": lambda x: x.keys() == {"train", "eval"} and all(type(m) is defaultdict for m in x.values()),
+        "_total_train_tokens": lambda x: x == 0,
+        "_tp_size": lambda x: x == 1,
+        "ref_model": lambda x: isinstance(x, PreTrainedModel),
+        "_signature_columns": lambda x: x is None,
+        "_is_vision_dataset": lambda x: x is False,
+        "maybe_activation_offload_context": lambda x: hasattr(x, "__enter__"),
+    }
+    for name, holds in expected.items():
+        assert hasattr(dpo, name), f"DPOTrainer no longer has `{name}`, which the offline trainers read"
+        assert holds(getattr(dpo, name)), f"`DPOTrainer.{name}` is {getattr(dpo, name)!r}: not what is relied on"
+
+
+def test_log_means_over_what_was_recorded(dpo):
+    dpo.model.train()
+    dpo._metrics["train"]["some/metric"] += [1.0, 3.0]
+    dpo.log(logs := {"loss": 0.5})
+    message = "`DPOTrainer.log` averages `_metrics[mode]` and empties it: `_log_means` appends to it"
+    assert logs["some/metric"] == 2.0 and not dpo._metrics["train"], message
+    dpo.model.eval()
+    dpo._metrics["eval"]["some/metric"] += [4.0]
+    dpo.log(logs := {"eval_loss": 0.5})
+    assert logs["eval_some/metric"] == 4.0 and not dpo._metrics["eval"], message
+
+
+def test_compute_loss_hands_over(dpo, monkeypatch):
+    """Trainer calls `compute_loss`, and DPOTrainer hands its first three arguments over to `_compute_loss`."""
+    seen: list[Any] = []
+    monkeypatch.setattr(dpo, "_compute_loss", lambda model, inputs, return_outputs: seen.append(return_outputs) or 7)
+    message = "`DPOTrainer.compute_loss(model, inputs, return_outputs, num_items_in_batch)` calls `_compute_loss`"
+    assert dpo.compute_loss(dpo.model, {}, return_outputs=True, num_items_in_batch=3) == 7 and seen == [True], message
+
+
+def test_evaluate_prepares_what_it_is_given(dpo, pairs, monkeypatch):
+    """A dataset of rows is prepared with its name; one that was prepared before comes along as well."""
+    seen: list[tuple] = []
+    prepare = dpo._prepare_dataset
+
+    def record(dataset, processing_class, args, name):
+        seen.append((dataset.column_names, processing_class is dpo.processing_class, args is dpo.args, name))
+        return prepare(dataset, processing_class, args, name)
+
+    monkeypatch.setattr(dpo, "_prepare_dataset", record)
+    dpo.evaluate({"few": pairs.take(2)})
+    message = "`DPOTrainer.evaluate` prepares datasets with `_prepare_dataset(dataset, processing_class, args, name)`"
+    assert seen == [(["prompt", "chosen", "rejected", "subset"], True, True, "few")], message
+
+
+def test_fused_head(dpo):
+    """
+    The log-probabilities are those of the model's own logits: log softmax at position t, read off at token t + 1, and
+    0 where that token's label is −100.
+    """
+    message = "the fused LM head that DPOTrainer adds gives the log-probabilities that every offline loss is made of: "
+    ids = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
+    labels = ids.masked_fill(torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]]) == 1, -100)
+    model = dpo.model.eval()
+    with torch.no_grad():
+        outputs = model(
+            input_ids=ids, labels=labels, attention_mask=torch.ones_like(ids), use_cache=False, fused_lm_head=True
+        )
+        logps = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    assert isinstance(outputs, FusedCausalLMOutput), message + "its output is a `FusedCausalLMOutput`"
+    fields = {"loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss"}
+    assert {f.name for f in dataclasses.fields(outputs)} == fields, message + "these are its fields"
+    mask = labels[:, 1:] != -100
+    expected = {
+        "log_probs": logps.gather(2, ids[:, 1:, None])[..., 0],
+        "entropy": -(logps.exp() * logps).sum(-1),
+        "is_top1": (logps.argmax(-1) == ids[:, 1:]).float(),
+    }
+    for name, values in expected.items():
+        found = getattr(outputs, name)
+        assert found.shape == (2, 4), message + f"`{name}` has shape (batch, seq_len - 1)"
+        assert torch.allclose(found.float(), values * mask, atol=1e-5), (
+            message + f"`{name}` is 0 where the label is -100"
+        )
+    assert outputs.log_probs[mask].abs().min() > 0, "the test itself would not notice masked-out completions"
+    assert outputs.aux_loss is None, message + "without experts there is no auxiliary loss"
+    with torch.no_grad():
+        reference = dpo.ref_model(input_ids=ids, labels=labels, use_cache=False, fused_lm_head=True)
+    assert reference.log_probs.shape == (2, 4), message + "the reference model gets one as well"
+
+
+# ---- Configs ----
+
+# DPOConfig's own fields, and what the offline configs do with them
+DPO_FIELDS = {
+    "model_init_kwargs": None,
+    "trust_remote_code": False,
+    "router_aux_loss_coef": None,
+    "disable_dropout": True,
+    "dataset_num_proc": None,
+    "max_length": 1024,
+    "truncation_mode": "keep_start",
+    "padding_free": False,
+    "pad_to_multiple_of": "auto",
+    "precompute_ref_log_probs": False,
+    "precompute_ref_batch_size": None,
+    "loss_type": ["sigmoid"],
+    "loss_weights": None,
+    "ld_alpha": None,
+    "f_divergence_type": "reverse_kl",
+    "f_alpha_divergence_coef": 0.5,
+    "label_smoothing": 0.0,
+    "beta": 0.1,
+    "use_weighting": False,
+    "discopop_tau": 0.05,
+    "activation_offloading": False,
+    "sync_ref_model": False,
+    "ref_model_mixup_alpha": 0.6,
+    "ref_model_sync_steps": 512,
+    "pad_token": None,
+}
+
+
+def defaults(config_class: type) -> dict[str, Any]:
+    return {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(config_class)
+    }
+
+
+def test_dpo_config():
+    theirs = {k: v for k, v in defaults(DPOConfig).items() if k not in defaults(TrainingArguments)}
+    assert theirs == DPO_FIELDS, (
+        "the fields of DPOConfig or their defaults have changed: decide for each new one whether an offline reward "
+        "trainer takes it, or lists it in `_OfflineRewardConfig._dpo_only`"
+    )
+    for name, neutral in _OfflineRewardConfig._dpo_only.items():
+        message = f"`_dpo_only` refuses `{name}` unless it is {neutral!r}, but DPOConfig's default is {theirs[name]!r}"
+        assert theirs[name] == neutral, message
+
+
+def test_alol_config_has_the_defaults_of_dpo_config():
+    """Beside the loss, only the learning rate differs, as the docstring says."""
+    ours = defaults(ALoLConfig)
+    changed = {name for name, value in defaults(DPOConfig).items() if ours[name] != value}
+    assert changed == {"loss_type", "learning_rate"}
+
+
+# ---- GRPOTrainer: what reward functions are given ----
+
+
+def test_reward_functions_get_what_grpo_trainer_passes(tmp_path, tiny_model, tokenizer):
+    """One step of GRPOTrainer and `score_dataset` on the same columns. Only `completion_index` is ours."""
+    calls: list[dict[str, Any]] = []
+
+    def record(**kwargs):
+        calls.append(kwargs)
+        kwargs["log_extra"]("a column", [0.0] * len(kwargs["completions"]))
+        kwargs["log_metric"]("a metric", 0.0)
+        return [0.0] * len(kwargs["completions"])
+
+    rows = [{"prompt": "How?", "answer": "So.", "level": level} for level in range(4)]
+    args = cpu_args(
+        GRPOConfig, tmp_path, max_steps=1, num_generations=2, max_completion_length=2, per_device_train_batch_size=2
+    )
+    trainer = GRPOTrainer(tiny_model(), record, args, Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.train()
+    scored = Dataset.from_list([{**row, "completions": [" a", " b"]} for row in rows])
+    score_dataset(scored, record, processing_class=tokenizer, batch_size=8)
+    online, offline = calls
+
+    message = (
+        "GRPOTrainer passes other arguments to reward functions than `call_reward_funcs` does, so that a function "
+        "written for it may fail here"
+    )
+    assert online.keys() == offline.keys() - {"completion_index"}, message
+    assert online.keys() == {
+        "prompts",
+        "completions",
+        "completion_ids",
+        "trainer_state",
+        "log_extra",
+        "log_metric",
+        "answer",
+        "level",
+    }, message
+    for kwargs, count in ((online, 2), (offline, 8)):
+        assert all(len(kwargs[name]) == count for name in ("prompts", "completions", "completion_ids", "level")), (
+            message
+        )
+        assert all(isinstance(ids, list) and isinstance(ids[0], int) for ids in kwargs["completion_ids"]), message
+        assert isinstance(kwargs["trainer_state"], TrainerState), message

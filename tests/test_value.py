@@ -1,0 +1,221 @@
+"""The value head: invariances, what it learns, what it must not learn, and the estimator around it."""
+
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from trl_lol.value import (
+    PromptValueHead,
+    ValueEstimator,
+    cross_fit_values,
+    fit_value_head,
+    predict_values,
+    prompt_hidden_states,
+    r_squared,
+)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model().eval()
+
+
+def random_prompts(num_prompts, vocab_size, seed=0):
+    """Random tokens from 20 on, and at a random place one of the tokens 5 to 12."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high, size=()):
+        return torch.randint(low, high, size, generator=generator)
+
+    prompts = []
+    for _ in range(num_prompts):
+        prompt = draw(20, vocab_size, (int(draw(4, 24)),))
+        prompt[draw(0, len(prompt))] = draw(5, 13)
+        prompts.append(prompt.tolist())
+    return prompts
+
+
+def token_rewards(prompts):
+    """A reward that the prompt determines: which of the tokens 5 to 12 it holds."""
+    return torch.tensor([next(t for t in prompt if t < 20) / 8 for prompt in prompts])
+
+
+def states_of(model, prompts, batch_size=16):
+    states = [None] * len(prompts)
+    for batch, hidden in prompt_hidden_states(model, prompts, batch_size):
+        for i, h in zip(batch, hidden, strict=True):
+            states[i] = h
+    return states
+
+
+@pytest.fixture(scope="module")
+def states(model):
+    return states_of(model, random_prompts(400, model.config.vocab_size))
+
+
+@pytest.fixture(scope="module")
+def fitted(states):
+    rewards = torch.stack([h.mean() for h in states])
+    return fit_value_head(states, rewards, learning_rate=1e-2)
+
+
+def test_prediction_does_not_depend_on_batch_order_or_padding(model, fitted):
+    prompts = random_prompts(40, model.config.vocab_size, seed=1)
+    one_by_one = predict_values([fitted], states_of(model, prompts, batch_size=1), batch_size=1)
+    batched = predict_values([fitted], states_of(model, prompts, batch_size=40), batch_size=40)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = predict_values([fitted], states_of(model, [prompts[i] for i in order], batch_size=7), batch_size=11)
+    assert one_by_one.std() > 1e-3
+    torch.testing.assert_close(batched, one_by_one, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(shuffled, one_by_one[order], atol=1e-6, rtol=1e-5)
+
+
+def test_what_padding_holds_is_ignored_on_either_side(fitted, states):
+    h, width = states[0], len(states[0]) + 5
+    expected = predict_values([fitted], [h])
+    for side in ("left", "right"):
+        mask = pad_sequence([torch.ones(len(h)), torch.ones(width)], batch_first=True, padding_side=side)[:1]
+        hidden = torch.full((1, width, h.size(1)), torch.nan)
+        hidden[mask.bool()] = h
+        torch.testing.assert_close(fitted(hidden, mask), expected)
+        # Control: without the mask the padding takes part
+        assert not torch.allclose(fitted(hidden.nan_to_num(0.0), torch.ones(1, width)), expected)
+
+
+def test_prediction_has_no_dropout_and_fitting_leaves_the_random_state_alone(states):
+    rewards = torch.stack([h.mean() for h in states])
+    before = torch.get_rng_state()
+    head = fit_value_head(states[:64], rewards[:64], num_train_epochs=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(predict_values([head.train()], states[:8]), predict_values([head.train()], states[:8]))
+    mask = torch.ones(1, len(states[0]))
+    head.train()  # Control: dropout is there while fitting
+    assert not torch.equal(head(states[0][None], mask), head(states[0][None], mask))
+    again = fit_value_head(states[:64], rewards[:64], num_train_epochs=2)
+    assert all(torch.equal(a, b) for a, b in zip(head.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_unfitted_head_predicts_the_mean_reward(states):
+    """No epoch is better than epoch 0, so the head stays at its start: the mean of the rewards, 1.25, or with a range
+    [0, 5] the sigmoid of its logit."""
+    rewards = torch.tensor([0.5, 1.0, 1.5, 2.0] * 4)
+    for value_range in (None, (0.0, 5.0)):
+        head = fit_value_head(
+            states[:16], rewards, num_train_epochs=0, validation_fraction=0.0, value_range=value_range
+        )
+        torch.testing.assert_close(predict_values([head], states[:16]), torch.full((16,), 1.25))
+
+
+def test_bounded_head_stays_in_its_range(states):
+    rewards = (torch.stack([h.mean() for h in states[:64]]) > 0).float() * 5
+    head = fit_value_head(states[:64], rewards, value_range=(0.0, 5.0), learning_rate=1e-2)
+    values = predict_values([head], states)
+    assert values.min() >= 0 and values.max() <= 5 and values.std() > 0.5
+
+
+def test_learns_what_the_prompt_determines_and_nothing_from_shuffled_rewards(model):
+    prompts = random_prompts(800, model.config.vocab_size, seed=2)
+    hidden = states_of(model, prompts, batch_size=64)
+    rewards = token_rewards(prompts)
+    _, values = cross_fit_values(hidden, rewards)
+    assert r_squared(values, rewards) >= 0.8
+    for seed in range(3):
+        shuffled = rewards[torch.randperm(len(rewards), generator=torch.Generator().manual_seed(seed))]
+        _, values = cross_fit_values(hidden, shuffled)
+        assert -0.1 <= r_squared(values, shuffled) <= 0.05
+
+
+def test_cross_fitting_keeps_advantages_alive_with_one_completion_per_prompt(states):
+    """Rewards that the prompts say nothing about have a standard deviation of 1, and so have their advantages over the
+    mean. A head that has seen the rewards memorises them, and advantages over its values are near 0: the control."""
+    rewards = torch.randn(len(states[:96]), generator=torch.Generator().manual_seed(0))
+    settings = {"num_train_epochs": 120, "validation_fraction": 0.0, "learning_rate": 3e-3}
+    _, held_out = cross_fit_values(states[:96], rewards, num_folds=2, **settings)
+    _, in_sample = cross_fit_values(states[:96], rewards, num_folds=1, **settings)
+    assert (rewards - held_out).abs().mean() > 0.5
+    assert (rewards - in_sample).abs().mean() < 0.1
+
+
+def test_every_prompt_is_predicted_by_a_head_that_has_not_seen_it(states):
+    """Changing one prompt's reward changes the head of the other fold only, never that prompt's own value."""
+    rewards = torch.randn(20, generator=torch.Generator().manual_seed(0))
+    settings = {"num_train_epochs": 2, "validation_fraction": 0.0}
+    _, before = cross_fit_values(states[:20], rewards, **settings)
+    _, in_sample_before = cross_fit_values(states[:20], rewards, num_folds=1, **settings)
+    for i in (0, 7, 19):
+        changed = rewards.clone()
+        changed[i] += 10
+        _, after = cross_fit_values(states[:20], changed, **settings)
+        _, in_sample_after = cross_fit_values(states[:20], changed, num_folds=1, **settings)
+        assert after[i] == before[i] and not torch.equal(after, before)
+        assert in_sample_after[i] != in_sample_before[i]
+
+
+def test_weights_count_completions(states):
+    """Mean reward 0 of one completion and 1 of three: the weighted mean is 0.75."""
+    head = fit_value_head(
+        states[:2], torch.tensor([0.0, 1.0]), torch.tensor([1.0, 3.0]), num_train_epochs=0, validation_fraction=0.0
+    )
+    assert head.reward_mean.item() == 0.75
+
+
+def test_r_squared():
+    """Residuals (0, 0, 1), deviations from the mean 2 (−1, 0, 1): 1 − 1/2."""
+    assert r_squared(torch.tensor([1.0, 2.0, 2.0]), torch.tensor([1.0, 2.0, 3.0])) == 0.5
+
+
+@pytest.fixture
+def estimator(model, tmp_path):
+    """Makes estimators on one cache folder, over a reference policy that counts the prompts it reads."""
+
+    def backbone(input_ids, **kwargs):
+        policy.num_read += len(input_ids)
+        return model.base_model(input_ids=input_ids, **kwargs)
+
+    @contextmanager
+    def reference():
+        yield policy
+
+    policy = SimpleNamespace(base_model=backbone, config=model.config, device=model.device, num_read=0)
+    make = partial(ValueEstimator, reference, cache_dir=tmp_path, batch_size=16, max_prompts=60)
+    return make, policy
+
+
+def test_estimator_reads_each_prompt_once_and_then_from_the_cache(estimator, model):
+    make, policy = estimator
+    prompts = random_prompts(100, model.config.vocab_size, seed=3)
+    rewards = token_rewards(prompts)
+    first = make()
+    values = first.fit(prompts, rewards)
+    assert policy.num_read == 100  # 60 to fit the heads, 40 to predict
+    again = make()
+    assert torch.equal(again.fit(prompts, rewards), values)
+    assert torch.equal(again.predict_sharded(prompts[60:], "train"), first.predict_sharded(prompts[60:], "train"))
+    num_read = policy.num_read
+    make(seed=1).fit(prompts, rewards)
+    make(cache_key="other weights").fit(prompts, rewards)
+    make().fit(prompts, rewards + 1)
+    assert policy.num_read == num_read + 300  # anything that matters changes the key
+
+
+def test_estimator_predicts_prompts_beyond_the_fitted_ones(estimator, model):
+    prompts = random_prompts(500, model.config.vocab_size, seed=4)
+    rewards = token_rewards(prompts)
+    estimator = estimator[0](max_prompts=400)
+    values = estimator.fit(prompts, rewards)
+    assert r_squared(values[:400], rewards[:400]) > 0.5 and r_squared(values[400:], rewards[400:]) > 0.5
+    held_out = random_prompts(100, model.config.vocab_size, seed=5)
+    predicted = estimator.predict_sharded(held_out, "eval")
+    assert r_squared(predicted, token_rewards(held_out)) > 0.5
+    torch.testing.assert_close(estimator.predict(held_out[:3]), predicted[:3], atol=1e-5, rtol=1e-5)
+
+
+def test_heads_fit_narrow_models():
+    """Eight heads do not divide a width of 6; two do."""
+    head = PromptValueHead(6)
+    assert head.attention.num_heads == 2
+    assert head(torch.randn(3, 4, 6), torch.ones(3, 4)).shape == (3,)
