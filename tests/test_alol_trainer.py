@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from trl_lol import ALoLConfig, ALoLTrainer, toy
+from trl_lol import ALoLConfig, ALoLTrainer
 from trl_lol.advantages import sequence_advantages
 from trl_lol.losses import ALOL_LOSS_TYPES, alol_loss
 from trl_lol.offline.sampling import EpochSampler
@@ -320,25 +320,21 @@ def test_evaluate_takes_new_rows_after_training(build, scored_pairs, peft_config
     assert torch.isfinite(torch.tensor(metrics["eval_loss"]))
 
 
-def test_everything_slow_is_cached(build, scored_pairs, monkeypatch):
-    calls = []
-
-    def count(num_completions):
-        calls.append(num_completions)
-
-    monkeypatch.setattr(toy, "count", count, raising=False)  # where the hash of the function does not see it
+def test_everything_slow_is_cached(build, tmp_path, monkeypatch):
+    log = tmp_path / "calls"
 
     def reward(completions, **kwargs):
-        toy.count(len(completions))
+        with log.open("a") as file:  # a list that it fills would change the function's hash
+            file.write("." * len(completions))
         return [float(len(c[0]["content"])) for c in completions]
 
     first = build(reward_funcs=reward, precompute_ref_log_probs=True)
     files = sorted(path.name.split("-")[0] for path in (first.cache_dir).iterdir())
-    assert files == ["ref_logps_train", "rewards", "value_head"] and sum(calls) == 240
+    assert files == ["ref_logps_train", "rewards", "value_head"] and log.read_text() == "." * 240
     monkeypatch.setattr("trl_lol.value.prompt_hidden_states", None)  # what is not called need not be there
     monkeypatch.setattr(ALoLTrainer, "compute_ref_log_probs", None)
     second = build(reward_funcs=reward, precompute_ref_log_probs=True)
-    assert sum(calls) == 240
+    assert log.read_text() == "." * 240
     assert second.train_dataset[:] == first.train_dataset[:]
 
 

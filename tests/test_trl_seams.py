@@ -141,21 +141,22 @@ def test_start_event_loop():
 def test_use_adapter(tiny_model):
     """`None` switches the adapters off, a name chooses one; afterwards the former is active again."""
     config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
-    model = get_peft_model(tiny_model(), config)
+    model = get_peft_model(tiny_model(), config).eval()
     model.add_adapter("ref", config)
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         policy = model(ids).logits
-        outputs = []
-        for name in (None, "ref"):
-            with _trl.use_adapter(model, name):
-                outputs.append(model(ids).logits)
-        base = model.get_base_model()
+        with _trl.use_adapter(model, None):
+            without = model(ids).logits
+        with _trl.use_adapter(model, "ref"):
+            reference = model(ids).logits
         after = model(ids).logits
+        base = tiny_model().eval()(ids).logits
     message = "`use_adapter` makes the reference policy out of a PEFT model in `_reference_policy`"
     assert torch.equal(after, policy) and model.active_adapter == "default", message
-    assert torch.allclose(outputs[0], tiny_model().eval()(ids).logits, atol=1e-6) and base is not model, message
-    assert not torch.allclose(outputs[0], outputs[1]) and not torch.allclose(outputs[1], policy), message
+    assert torch.allclose(without, base, atol=1e-6), message
+    assert not torch.allclose(without, policy) and not torch.allclose(reference, without), message
+    assert not torch.allclose(reference, policy), message
 
 
 def test_public_functions_with_private_details():
@@ -244,12 +245,12 @@ def test_constructor_precomputes_last():
 
 def test_constructor_prepares_datasets_before_an_accelerator_exists():
     order = [name for statement in statements(DPOTrainer.__init__) for name in calls(statement)]
-    first_prepare, parent = order.index("self._prepare_dataset"), order.index("super().__init__")
-    message = "`_prepare_dataset` now runs after Trainer's constructor: PartialState is not needed any more"
-    assert first_prepare < parent, message
-    copies = order.index("create_model_from_path", parent)
+    assert order.count("super().__init__") == 1
+    before, after = order[: order.index("super().__init__")], order[order.index("super().__init__") :]
+    message = "`_prepare_dataset` no longer runs before Trainer's constructor, which is why it asks PartialState"
+    assert "self._prepare_dataset" in before and "self._prepare_dataset" not in after, message
     message = "DPOTrainer no longer loads a missing reference after Trainer's constructor: see `_copy_as_reference`"
-    assert parent < copies, message
+    assert "create_model_from_path" in after, message
 
 
 def test_loss_is_not_scaled():
@@ -308,7 +309,7 @@ def test_compute_loss_hands_over(dpo, monkeypatch):
 
 
 def test_evaluate_prepares_what_it_is_given(dpo, pairs, monkeypatch):
-    """A dataset of rows is prepared with its name; one that was prepared before comes along as well."""
+    """Rows that are given to `evaluate` come to `_prepare_dataset`, with the name of their dataset."""
     seen: list[tuple] = []
     prepare = dpo._prepare_dataset
 

@@ -154,7 +154,7 @@ def fit_value_head(
     weights: Tensor | None = None,
     *,
     value_range: Sequence[float] | None = None,
-    learning_rate: float = 3e-3,
+    learning_rate: float | None = None,
     num_train_epochs: int = 10,
     batch_size: int = 16,
     validation_fraction: float = 0.2,
@@ -173,8 +173,8 @@ def fit_value_head(
             Number of completions behind each mean, of shape `(num_prompts,)`.
         value_range (`tuple[float, float]`, *optional*):
             See [`PromptValueHead`].
-        learning_rate (`float`, *optional*, defaults to `3e-3`):
-            Learning rate of AdamW.
+        learning_rate (`float`, *optional*):
+            Learning rate of AdamW. If `None`, it is 0.02 / √hidden_size: 1e-3 at a width of 400, 3e-4 at 4096.
         num_train_epochs (`int`, *optional*, defaults to `10`):
             Number of passes over the prompts.
         batch_size (`int`, *optional*, defaults to `16`):
@@ -207,6 +207,8 @@ def fit_value_head(
         head.hidden_std.copy_(variance.sqrt().clamp(min=1e-6))
         head.reward_mean.copy_((rewards * weights)[fitted].sum() / weights[fitted].sum())
         head.reward_std.copy_(rewards[fitted].std(correction=0).clamp(min=1e-6))
+        # Measured on widths 32 to 576: the best step shrinks with the width
+        learning_rate = 0.02 / math.sqrt(head.query.size(-1)) if learning_rate is None else learning_rate
         optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate)
 
         def loss(rows: list[int]) -> Tensor:

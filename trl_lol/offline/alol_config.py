@@ -49,8 +49,8 @@ class ALoLConfig(_OfflineRewardConfig):
         value_source (`str`, *optional*, defaults to `"auto"`):
             Where the rewards come from that the value head is fitted on. `"dataset"`: the logged completions of the
             training prompts. `"auto"` picks `"dataset"`.
-        value_learning_rate (`float`, *optional*, defaults to `3e-3`):
-            Learning rate of the value head.
+        value_learning_rate (`float`, *optional*):
+            Learning rate of the value head. If `None`, it is 0.02 / √hidden_size.
         value_num_train_epochs (`int`, *optional*, defaults to `10`):
             Number of passes over the prompts that the head is fitted on. The best one is kept.
         value_max_prompts (`int`, *optional*, defaults to `1024`):
@@ -133,7 +133,10 @@ class ALoLConfig(_OfflineRewardConfig):
             "choices": ["auto", "dataset"],
         },
     )
-    value_learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate of the value head."})
+    value_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the value head. If `None`, it is 0.02 / sqrt(hidden_size)."},
+    )
     value_num_train_epochs: int = field(
         default=10,
         metadata={"help": "Number of passes over the prompts that the value head is fitted on. The best one is kept."},

@@ -1,0 +1,112 @@
+"""Trains A-LoL on however many ranks it is launched with, and writes down what must not depend on their number."""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from trl_lol import ALoLConfig, ALoLTrainer, GenerationEvalCallback, score_dataset, toy
+from trl_lol.offline.sampling import SetEpochCallback
+
+
+GLOBAL_BATCH = 8
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def main(expected_world_size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    state = PartialState(cpu=True)
+    assert state.num_processes == expected_world_size
+    dialogues = toy.make_dialogues(num_prompts=31)
+    tokenizer = toy.make_tokenizer(dialogues)
+    # In memory on every rank: DPOTrainer's own cache of reference log-probabilities fails on such a dataset
+    rows = toy.preference_pairs(dialogues)
+    results = {}
+
+    def trainer(name: str, **kwargs) -> ALoLTrainer:
+        trainer_kwargs = {k: kwargs.pop(k) for k in ("peft_config", "eval_dataset") if k in kwargs}
+        args = ALoLConfig(
+            str(folder / name),
+            **{
+                "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+                "gradient_checkpointing": False, "logging_steps": 1, "learning_rate": 1e-3, "max_steps": 3,
+                "per_device_train_batch_size": GLOBAL_BATCH // state.num_processes, "value_num_train_epochs": 2,
+                "lr_scheduler_type": "constant", "value_max_prompts": 20,
+                **kwargs,
+            },
+        )  # fmt: skip
+        model = toy.make_model(tokenizer, hidden_size=32, num_layers=2)
+        return ALoLTrainer(
+            model,
+            args=args,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            reward_funcs=toy.oracle_reward,
+            **trainer_kwargs,
+        )
+
+    def record(name: str, trainer: ALoLTrainer) -> None:
+        weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        flat = torch.cat([w.flatten() for w in weights.values()])
+        everyone = trainer.accelerator.gather(flat[None])
+        assert (everyone == everyone[0]).all(), "the ranks' parameters differ"
+        history = trainer.state.log_history
+        results[name] = {
+            "weights": weights,
+            "dataset": trainer.train_dataset.to_dict(),
+            **{
+                key: [entry[key] for entry in history if key in entry]
+                for key in ("loss", "logratio/mean", "eval_loss")
+            },
+        }
+
+    # Scores, values, advantages and reference log-probabilities, shared out and gathered; training on them
+    cached = trainer("cached", precompute_ref_log_probs=True, eval_dataset=rows.select(range(11)))
+    cached.add_callback(GenerationEvalCallback(cached, rows, toy.heldout_reward, num_prompts=5, max_new_tokens=4))
+    cached.train()
+    assert {"eval_loss", "eval_generation/reward"} <= cached.evaluate().keys()
+    record("cached", cached)
+    lora = trainer("lora", peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    lora.train()
+    record("lora", lora)
+    live = trainer("live")
+    live.train()
+    record("live", live)
+
+    # Resume in the middle of the second epoch
+    kwargs = {"num_train_epochs": 2, "max_steps": -1, "save_strategy": "steps", "save_steps": 1}
+    whole = trainer("whole", **kwargs)
+    whole.train()
+    record("whole", whole)
+    steps_per_epoch = whole.state.global_step // 2
+    step = steps_per_epoch + steps_per_epoch // 2
+    interrupted = trainer("interrupted", **kwargs)
+    interrupted.add_callback(StopAt(step))
+    interrupted.train()
+    checkpoint = str(folder / "interrupted" / f"checkpoint-{step}")
+    for name in ("resumed", "resumed without the callback"):
+        resumed = trainer("interrupted", **kwargs)
+        if name != "resumed":
+            SetEpochCallback.on_epoch_begin = TrainerCallback.on_epoch_begin
+        resumed.train(resume_from_checkpoint=checkpoint)
+        record(name, resumed)
+
+    # Scores do not depend on how rows are dealt out, also when there are fewer rows than ranks
+    results["scores"] = [score_dataset(rows.select(range(n)), toy.oracle_reward).to_dict() for n in (1, 7)]
+    if state.is_main_process:
+        torch.save(results, folder / "results.pt")
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
