@@ -548,9 +548,9 @@ def test_prompts_that_fill_max_length_are_dropped_as_by_dpo_trainer(prepare, dpo
 
 
 def test_nothing_is_left(prepare):
-    with pytest.raises(ValueError, match=r"No row of the train dataset is left: of 2 rows.*max_length=2"):
+    with pytest.raises(ValueError, match=r"None of the 2 rows of the train dataset is left.*max_length=2"):
         prepare(Dataset.from_list([{"prompt": "How is it?", "completion": "a", "reward": 1.0}] * 2), max_length=2)
-    with pytest.raises(ValueError, match=r"No row of the train dataset is left: of 1 rows.*score more"):
+    with pytest.raises(ValueError, match=r"None of the 1 rows of the train dataset is left.*score more"):
         prepare(Dataset.from_dict({"prompt": ["How?"], "completions": [["a"]], "rewards": [[None]]}))
 
 

@@ -380,7 +380,9 @@ def test_no_arguments(model_dir, scored_pairs, tmp_path, monkeypatch):
 
 def test_a_dpo_config_is_refused(tiny_model, tokenizer, scored_pairs, tmp_path):
     args = cpu_args(DPOConfig, tmp_path)
-    with pytest.raises(TypeError, match=r"is a DPOConfig\. ALoLTrainer takes a ALoLConfig.*replacing the class name"):
+    with pytest.raises(
+        TypeError, match=r"of type DPOConfig\. ALoLTrainer expects ALoLConfig.*replacing the class name"
+    ):
         ALoLTrainer(tiny_model(), args=args, train_dataset=scored_pairs, processing_class=tokenizer)
 
 

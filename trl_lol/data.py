@@ -65,7 +65,7 @@ class Group:
     @property
     def is_conversational(self) -> bool:
         """Whether prompt and completions are message lists rather than text."""
-        return is_conversational({"prompt": self.prompt, "completion": next(iter(self.completions), "")})
+        return any(is_conversational({"prompt": text}) for text in (self.prompt, *self.completions) if text)
 
 
 def check_columns(columns: list[str]) -> None:
@@ -88,6 +88,12 @@ def check_columns(columns: list[str]) -> None:
     prompted = "prompt" in found and found & {"completion", "completions"}
     if not prompted and not {"chosen", "rejected"} <= found:
         raise ValueError(f"The dataset's columns are {', '.join(columns)}. Accepted row formats:\n{ROW_FORMATS}")
+    for pair in PREFERENCE_REWARDS:
+        if len(found & set(pair)) == 1:
+            raise ValueError(
+                f"The dataset has one of the columns `{pair[0]}` and `{pair[1]}`, but both are needed to score a "
+                "preference. Add the missing one, or remove the other."
+            )
 
 
 def as_group(row: Mapping[str, Any]) -> Group:
@@ -107,7 +113,7 @@ def as_group(row: Mapping[str, Any]) -> Group:
     """
     if row.get("completions") is not None and "prompt" in row:
         return Group(row["prompt"], list(row["completions"]), row.get("rewards"))
-    if row.get("completion") is not None and "prompt" in row:
+    if "completion" in row and "prompt" in row:
         rewards = next(([row[name]] for name in ("reward", "label") if name in row), None)
         return Group(row["prompt"], [row["completion"]], rewards)
     if row.get("chosen") is not None and row.get("rejected") is not None:
@@ -143,7 +149,12 @@ def tokenize_row(
     Raises:
         `ValueError`: If the row has no reward, or one that is not a finite number.
     """
-    group = as_group(row)
+    try:
+        group = as_group(row)
+    except ValueError as error:
+        raise ValueError(f"Row {index}: {error}") from None
+    if group.prompt is None or None in group.completions:
+        raise ValueError(f"Row {index} has a null prompt or completion. Give it a text or messages, or drop the row.")
     if group.rewards is None:
         raise ValueError(
             f"Row {index} has no reward: its columns are {', '.join(row)}. Pass `reward_funcs` to the trainer, or add "
@@ -155,10 +166,16 @@ def tokenize_row(
                 f"Row {index} has the reward {reward!r}. Rewards must be finite numbers; use null for a completion "
                 "that was not scored."
             )
+    # What is not trained on must not move the end of the prompt that the others share
+    scored = [
+        (c, float(r)) for c, r in zip(group.completions, group.rewards, strict=True) if r is not None and c != []
+    ]
 
     kwargs = {}
-    completions = group.completions
+    completions = [completion for completion, _ in scored]
     if group.is_conversational:
+        if not group.prompt:
+            raise ValueError(f"Row {index} has a prompt without messages. Give it at least one message to answer.")
         tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
         kwargs = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
@@ -177,14 +194,12 @@ def tokenize_row(
             "Use a chat template that renders the prompt the same way in both cases, or end the prompt on a token "
             "boundary. This is said once and likely holds for the whole dataset."
         )
-    completion_ids = [ids[prompt_len:] for ids in sequences]
-    scored = zip(completion_ids, group.rewards, strict=True)
-    kept = [(ids, float(reward)) for ids, reward in scored if ids and reward is not None]
+    kept = [(ids[prompt_len:], reward) for ids, (_, reward) in zip(sequences, scored, strict=True) if ids[prompt_len:]]
     return {
         "prompt_ids": prompt_ids[:prompt_len],
         "completion_ids": [ids for ids, _ in kept],
         "rewards": [reward for _, reward in kept],
-        "num_dropped": len(completions) - len(kept),
+        "num_dropped": len(group.completions) - len(kept),
     }
 
 

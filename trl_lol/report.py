@@ -98,15 +98,14 @@ class AdvantageReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.num_kept} of {self.num_completions} completions have a positive advantage "
-            f"({self.kept_fraction:.1%}); priority sampling amounts to {self.effective_sample_size:.0f} equally likely "
-            "ones.",
+            f"{self.num_kept} of {self.num_completions} completions ({self.kept_fraction:.1%}) have a positive advantage."
+            f" Drawn by advantage, they amount to {self.effective_sample_size:.0f} equally likely ones.",
             "            " + "".join(f"{f'{q:.0%}':>9}" for q in QUANTILES),
         ]
         for name in ("rewards", "values", "advantages"):
             lines.append(f"{name:<12}" + "".join(f"{x:9.3f}" for x in getattr(self, name)))
         lines.append(f"The values explain {self.value_r2:.1%} of the rewards' variance.")
         lines += [
-            f"{name}: kept {kept} of {total} ({kept / total:.1%})" for name, (kept, total) in self.subsets.items()
+            f"{name}: {kept} of {total} positive ({kept / total:.1%})" for name, (kept, total) in self.subsets.items()
         ]
         return "\n".join(lines)

@@ -40,7 +40,8 @@ def main(expected_world_size: int, folder: Path) -> None:
             **{
                 "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
                 "gradient_checkpointing": False, "logging_steps": 1, "learning_rate": 1e-3, "max_steps": 3,
-                "per_device_train_batch_size": GLOBAL_BATCH // state.num_processes, "value_num_train_epochs": 2,
+                "per_device_train_batch_size": GLOBAL_BATCH // state.num_processes,
+                "per_device_eval_batch_size": GLOBAL_BATCH // state.num_processes, "value_num_train_epochs": 2,
                 "lr_scheduler_type": "constant", "value_max_prompts": 20,
                 **kwargs,
             },
@@ -71,11 +72,14 @@ def main(expected_world_size: int, folder: Path) -> None:
         }
 
     # Scores, values, advantages and reference log-probabilities, shared out and gathered; training on them
-    cached = trainer("cached", precompute_ref_log_probs=True, eval_dataset=rows.select(range(11)))
+    cached = trainer("cached", precompute_ref_log_probs=True, eval_dataset=rows.select(range(12)))
     cached.add_callback(GenerationEvalCallback(cached, rows, toy.heldout_reward, num_prompts=5, max_new_tokens=4))
     cached.train()
     assert {"eval_loss", "eval_generation/reward"} <= cached.evaluate().keys()
     record("cached", cached)
+    half = trainer("half", per_device_train_batch_size=GLOBAL_BATCH // 2 // state.num_processes)
+    half.train()
+    record("half", half)
     lora = trainer("lora", peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     lora.train()
     record("lora", lora)

@@ -188,7 +188,12 @@ class ALoLTrainer(_OfflineRewardTrainer):
             )
         if is_train and self._uses_values:
             rows = list(islice(dataset, args.value_max_prompts))
-            self._fit_values(*_by_prompt([row["prompt_ids"] for row in rows], [row["rewards"] for row in rows]))
+            if not rows:
+                raise ValueError("No row of the training stream has a scored completion. Check its rewards.")
+            prompts, group_ids, rewards = _by_prompt(*([row[k] for row in rows] for k in ("prompt_ids", "rewards")))
+            values = self._fit_values(prompts, group_ids, rewards)[group_ids]
+            # The head of the stream stands for the whole of it
+            self._report(rewards, self._advantages(rewards, group_ids, values), Dataset.from_list(rows))
         if is_train and args.uses_priority_sampling:
             logger.warning("An `IterableDataset` is read in its own order: completions are not drawn by advantage.")
 
@@ -241,7 +246,7 @@ class ALoLTrainer(_OfflineRewardTrainer):
             )
         if self.is_world_process_zero():
             report.save(Path(args.output_dir) / "advantage_report.json")
-        if self.is_local_process_zero():
+        if self.is_local_process_zero() and not args.disable_tqdm:
             print(f"Advantages of the training data:\n{report}")
         if "alol_kl" in args.loss_type and (num_low := int(((advantages > 0) & (advantages < args.beta)).sum())):
             logger.warning(

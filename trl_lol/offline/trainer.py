@@ -69,8 +69,8 @@ class _OfflineRewardTrainer(DPOTrainer):
             args = self._config_class(f"{model_name.split('/')[-1] or 'model'}-{self._name}")
         elif not isinstance(args, self._config_class):
             raise TypeError(
-                f"`args` is a {type(args).__name__}. {type(self).__name__} takes a {self._config_class.__name__}: it "
-                "accepts the same arguments, so replacing the class name is enough."
+                f"`args` is of type {type(args).__name__}. {type(self).__name__} expects "
+                f"{self._config_class.__name__}, which accepts the same arguments: replacing the class name is enough."
             )
         self.cache_dir = Path(args.output_dir) / "cache"
         self.reward_funcs = reward_funcs if isinstance(reward_funcs, list | None) else [reward_funcs]
@@ -102,7 +102,8 @@ class _OfflineRewardTrainer(DPOTrainer):
             self.data_collator = DataCollatorForGroups(
                 self._tokenizer.pad_token_id, args.max_length, args.pad_to_multiple_of
             )
-        self.model.eval()  # the passes over the data that follow must not drop anything out
+        for policy in filter(None, (self.model, self.ref_model)):
+            policy.eval()  # the passes over the data that follow must not drop anything out
         self.train_dataset = self._finish_dataset(self.train_dataset, "train", is_train=True)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self._finish_dataset(d, name) for name, d in self.eval_dataset.items()}
@@ -119,7 +120,7 @@ class _OfflineRewardTrainer(DPOTrainer):
         dataset_name: str,
     ) -> Dataset | IterableDataset:
         columns = _column_names(dataset, dataset_name)
-        if "completion_ids" in columns:  # `evaluate` passes datasets that were prepared before
+        if {"prompt_ids", "completion_ids", "rewards"} <= set(columns):  # `evaluate` passes prepared datasets, too
             return dataset
         check_columns(columns)
         is_map_style = isinstance(dataset, Dataset)
@@ -172,9 +173,9 @@ class _OfflineRewardTrainer(DPOTrainer):
                 )
             if len(dataset) == 0:
                 raise ValueError(
-                    f"No row of the {dataset_name} dataset is left: of {num_rows} rows, each has a prompt of at least "
-                    f"`max_length={args.max_length}` tokens, or fewer than {self._min_completions} scored "
-                    "completions. Raise `max_length`, or score more completions."
+                    f"None of the {num_rows} rows of the {dataset_name} dataset is left: each has a prompt that fills "
+                    f"`max_length={args.max_length}`, or fewer than {self._min_completions} scored completions. Raise "
+                    "`max_length`, or score more completions."
                 )
         return self._add_advantages(dataset, dataset_name) if self._constructed else dataset
 
@@ -231,6 +232,9 @@ class _OfflineRewardTrainer(DPOTrainer):
             if self.ref_model is None and is_peft_model(self.model):
                 policy = self.accelerator.unwrap_model(self.model)
                 stack.enter_context(use_adapter(policy, "ref" if "ref" in policy.peft_config else None))
+            if self.model.training and not self.args.disable_dropout:
+                self.model.eval()
+                stack.callback(self.model.train)
             stack.enter_context(self.accelerator.autocast())
             model = self.accelerator.unwrap_model(self.ref_model or self.model)
             yield model.get_base_model() if is_peft_model(model) else model
