@@ -132,6 +132,8 @@ def load_rows(recipe: RecipeArguments) -> DatasetDict:
     first = rows["train"][0]
     if isinstance(first.get("chosen"), str) and first["chosen"].lstrip().startswith("Human:"):
         rows = rows.map(hh_to_messages)
+        # As the paper does: about one row in eight breaks off
+        rows = rows.filter(lambda row: not any(row[n][0]["content"].endswith(":") for n in ("chosen", "rejected")))
     if recipe.max_train_rows is not None:
         rows["train"] = rows["train"].take(min(recipe.max_train_rows, len(rows["train"])))
     rows["test"] = rows["test"].take(min(recipe.max_test_rows, len(rows["test"])))

@@ -1,0 +1,104 @@
+"""
+What an A-LoL step costs beside a step of TRL's SFTTrainer on the same tokens.
+
+Both trainers train on the same rows in the same order, in turn; the result is the median over rounds of the ratio of
+CPU seconds. A-LoL takes its reference log-probabilities from the cache.
+
+    python benchmarks/step_cost.py                                    # embedded world, full training
+    python benchmarks/step_cost.py --model path/to/model --lora       # a real model, with LoRA
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from trl_lol import ALoLConfig, ALoLTrainer, toy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or Hub id; the embedded world's model if not given")
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--steps", type=int, default=15, help="steps per round")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--output", type=Path, help="JSON file to write the result to")
+    args = parser.parse_args()
+
+    num_rows = args.steps * args.batch_size
+    dialogues = toy.make_dialogues(num_rows)
+    rows = Dataset.from_dict(
+        {
+            "prompt": dialogues["prompt"][:],
+            "completion": [completions[0] for completions in dialogues["completions"]],
+            "reward": [1.0 + i % 3 for i in range(num_rows)],
+        }
+    )
+    if args.model is None:
+        tokenizer = toy.make_tokenizer(dialogues)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+
+    def model() -> transformers.PreTrainedModel:
+        if args.model is None:
+            return toy.make_model(tokenizer)
+        return AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
+
+    peft_config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if args.lora else None
+    with tempfile.TemporaryDirectory() as folder:
+        shared = {
+            "use_cpu": not torch.cuda.is_available(), "bf16": args.dtype == "bfloat16", "report_to": "none",
+            "save_strategy": "no", "disable_tqdm": True, "logging_steps": args.steps, "max_steps": args.steps,
+            "per_device_train_batch_size": args.batch_size, "gradient_checkpointing": False, "max_length": 1024,
+            "train_sampling_strategy": "sequential", "learning_rate": 1e-5,
+        }  # fmt: skip
+        kwargs = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": peft_config}
+        alol_args = ALoLConfig(
+            f"{folder}/alol", baseline="none", sampling="uniform", precompute_ref_log_probs=True, **shared
+        )
+        trainers = {
+            "alol": ALoLTrainer(model(), args=alol_args, **kwargs),
+            "sft": SFTTrainer(model(), args=SFTConfig(f"{folder}/sft", completion_only_loss=True, **shared), **kwargs),
+        }
+        seconds = {name: [] for name in trainers}
+        for i in range(args.rounds + 1):
+            for name in sorted(trainers, reverse=bool(i % 2)):
+                start = time.process_time()
+                trainers[name].train()
+                if i:  # the first round warms up
+                    seconds[name].append(time.process_time() - start)
+    tokens = {name: trainer.state.log_history[0]["num_tokens"] for name, trainer in trainers.items()}
+    assert trainers["alol"].ref_model is None
+    ratios = [a / s for a, s in zip(seconds["alol"], seconds["sft"], strict=True)]
+    result = {
+        "ratio_median": statistics.median(ratios),
+        "ratios": ratios,
+        "cpu_seconds": seconds,
+        "tokens_per_round": tokens,
+        "settings": {k: str(v) for k, v in vars(args).items() if k != "output"},
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl)},
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    print(json.dumps({k: v for k, v in result.items() if k not in ("ratios", "cpu_seconds")}, indent=2))
+    print(f"A-LoL / SFT: {result['ratio_median']:.3f}, between {min(ratios):.3f} and {max(ratios):.3f}")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
