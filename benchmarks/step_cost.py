@@ -47,10 +47,7 @@ def main() -> None:
             "reward": [1.0 + i % 3 for i in range(num_rows)],
         }
     )
-    if args.model is None:
-        tokenizer = toy.make_tokenizer(dialogues)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else toy.make_tokenizer(dialogues)
 
     def model() -> transformers.PreTrainedModel:
         if args.model is None:

@@ -77,6 +77,8 @@ class RecipeArguments(ScriptArguments):
             Learning rate of DPO. If `None`, a tenth of the learning rate.
         dpo_beta (`float`, *optional*, defaults to `0.1`):
             KL coefficient of DPO.
+        max_eval_prompts (`int`, *optional*, defaults to `200`):
+            Number of test prompts to generate on at most.
         num_generations (`int`, *optional*, defaults to `2`):
             Number of answers per test prompt that a policy is judged by.
         max_new_tokens (`int`, *optional*, defaults to `64`):
@@ -94,6 +96,7 @@ class RecipeArguments(ScriptArguments):
     reference_learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of these steps."})
     dpo_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of DPO."})
     dpo_beta: float = field(default=0.1, metadata={"help": "KL coefficient of DPO."})
+    max_eval_prompts: int = field(default=200, metadata={"help": "Number of test prompts to generate on at most."})
     num_generations: int = field(default=2, metadata={"help": "Answers per test prompt."})
     max_new_tokens: int = field(default=64, metadata={"help": "Number of tokens of an answer at most."})
 
@@ -226,7 +229,7 @@ def judge(
     result = evaluate_policy(
         model,
         setup.tokenizer,
-        prompts,
+        prompts[: recipe.max_eval_prompts],
         toy.heldout_reward if is_toy else unscored,
         ref_model=reference,
         num_generations=recipe.num_generations,
@@ -236,7 +239,7 @@ def judge(
     samples = result.pop("samples")
     if not is_toy:  # without an independent judge of new answers: how it ranks the logged ones
         del result["reward"], result["reward_std"]
-        if groups[0].rewards is not None:
+        if model is not reference:
             result |= ranking(model, reference, setup.tokenizer, test)
     return result, samples
 
@@ -271,7 +274,7 @@ def ranking(
 
 def write_results(results: dict[str, dict[str, float]], output_dir: Path) -> None:
     """Print the table, and keep it as JSON and Markdown."""
-    columns = [name for name in next(iter(results.values())) if name != "reward_std"]
+    columns = list({name: None for metrics in results.values() for name in metrics if name != "reward_std"})
     table = Table("policy", *(name.replace("_", " ") for name in columns), title="On held-out prompts")
     lines = ["| policy | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     for policy, metrics in results.items():
