@@ -1,0 +1,75 @@
+"""
+The A-LoL recipe over several seeds: one result file per seed, and a table of means and standard deviations.
+
+Seeds that already have a result are not run again.
+
+    python benchmarks/alol_hh_seeds.py --seeds 0 1 2 3 4
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "alol_hh_toy"
+
+
+def run(seed: int, options: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "recipes" / "alol_hh.py"), "--seed", str(seed), "--output_dir", folder]
+        subprocess.run([*command, "--disable_tqdm", "true", *options], check=True)
+        result = {
+            "seed": seed,
+            "options": options,
+            "policies": json.loads((Path(folder) / "results.json").read_text()),
+            "advantage_report": json.loads((Path(folder) / "advantage_report.json").read_text()),
+            "versions": {name: version(name) for name in ("trl-lol", "trl", "transformers", "torch")},
+            "threads": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
+        }
+    (RESULTS / f"seed{seed}.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def table(results: list[dict]) -> str:
+    """Mean ± standard deviation over the seeds, and in how many seeds a policy beats the reference."""
+    metrics = ["reward", "kl", "length", "distinct_1", "distinct_2", "distinct_3"]
+    lines = [
+        f"{len(results)} seeds: {', '.join(str(r['seed']) for r in results)}. Mean ± standard deviation over seeds.",
+        "",
+        "| policy | " + " | ".join(metrics) + " | beats reference | beats SFT on chosen |",
+        "| --- |" + " ---: |" * (len(metrics) + 2),
+    ]
+    for policy in results[0]["policies"]:
+        cells = []
+        for metric in metrics:
+            values = [r["policies"][policy][metric] for r in results]
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3f}{spread}")
+        for other in ("reference", "SFT on chosen"):
+            wins = sum(r["policies"][policy]["reward"] > r["policies"][other]["reward"] for r in results)
+            cells.append("" if policy == other else f"{wins} / {len(results)}")
+        lines.append(f"| {policy} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    args, options = parser.parse_known_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        if not (RESULTS / f"seed{seed}.json").exists():
+            run(seed, options)
+    results = [json.loads((RESULTS / f"seed{seed}.json").read_text()) for seed in args.seeds]
+    (RESULTS / "README.md").write_text(table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

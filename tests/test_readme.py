@@ -1,0 +1,46 @@
+"""The README's Python runs as it is shown, on a tiny model."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import cpu_args
+
+import trl_lol
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("index", range(len(BLOCKS)))
+def test_python_blocks_run(index, tmp_path, monkeypatch, tiny_model, tokenizer, pairs):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    # What a reader has on a GPU machine and this test has not: bfloat16, and a model of their own
+    monkeypatch.setattr("trl_lol.offline.alol_config.ALoLConfig.__post_init__", _on_cpu(trl_lol.ALoLConfig))
+    monkeypatch.chdir(tmp_path)
+    block = BLOCKS[index].replace("path/or/id/of/a/model", str(tmp_path / "model"))
+    namespace = {
+        "ALoLTrainer": trl_lol.ALoLTrainer,
+        "model": str(tmp_path / "model"),
+        "args": cpu_args(trl_lol.ALoLConfig, tmp_path),
+        "dataset": pairs,
+    }
+    exec(compile(block, f"README block {index}", "exec"), namespace)
+    assert isinstance(namespace["trainer"], trl_lol.ALoLTrainer)
+    assert len(namespace["trainer"].train_dataset) > 0
+
+
+def _on_cpu(config_class):
+    original = config_class.__post_init__
+
+    def __post_init__(self):
+        self.use_cpu, self.bf16, self.report_to = True, False, "none"
+        original(self)
+
+    return __post_init__
+
+
+def test_there_is_something_to_run():
+    assert len(BLOCKS) >= 2  # an edit that renames the fences would otherwise leave nothing to run
