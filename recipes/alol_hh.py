@@ -199,7 +199,7 @@ class Setup:
     SHARED = (
         "seed", "bf16", "fp16", "use_cpu", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
         "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
-        "max_length", "logging_steps", "report_to", "model_init_kwargs", "dataset_num_proc",
+        "max_length", "logging_steps", "report_to", "disable_tqdm", "model_init_kwargs", "dataset_num_proc",
     )  # fmt: skip
 
     def config(self, config_class: type, name: str, **overrides: Any) -> Any:
@@ -220,7 +220,12 @@ class Setup:
 
 
 def judge(
-    model: PreTrainedModel, reference: PreTrainedModel | None, setup: Setup, test: Dataset, is_toy: bool
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    setup: Setup,
+    test: Dataset,
+    is_toy: bool,
+    is_reference: bool = False,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Metrics of a policy on test prompts, and its answers."""
     recipe = setup.recipe
@@ -231,15 +236,16 @@ def judge(
         setup.tokenizer,
         prompts[: recipe.max_eval_prompts],
         toy.heldout_reward if is_toy else unscored,
-        ref_model=reference,
+        ref_model=None if is_reference else reference,
         num_generations=recipe.num_generations,
         max_new_tokens=recipe.max_new_tokens,
         seed=setup.args.seed,
     )
     samples = result.pop("samples")
+    result = {"reward": result.pop("reward"), "kl": 0.0, **result}
     if not is_toy:  # without an independent judge of new answers: how it ranks the logged ones
         del result["reward"], result["reward_std"]
-        if model is not reference:
+        if not is_reference:
             result |= ranking(model, reference, setup.tokenizer, test)
     return result, samples
 
@@ -365,18 +371,20 @@ def main() -> None:
         trainer.create_model_card()
 
     # Beside it
-    has_adapter = get_peft_config(model_args) is not None
-    load = {"dtype": args.model_init_kwargs["dtype"]} if args.model_init_kwargs else {}
-    reference = AutoModelForCausalLM.from_pretrained(setup.model, **load).to(trainer.accelerator.device)
     results, samples = {}, {}
+    if get_peft_config(model_args) is None:
+        reference = AutoModelForCausalLM.from_pretrained(setup.model, **args.model_init_kwargs or {})
+        reference.to(trainer.accelerator.device)
+        judged = judge(reference, None, setup, rows["test"], is_toy, is_reference=True)
+    else:  # the policy without its adapter
+        reference = None
+        with reference_policy(trainer.model, None) as policy:
+            judged = judge(policy.get_base_model(), None, setup, rows["test"], is_toy, is_reference=True)
+    results["reference"], samples["reference"] = judged
 
     def compare(name: str, policy: PreTrainedModel) -> None:
-        policy = trainer.accelerator.unwrap_model(policy)
-        results[name], samples[name] = judge(
-            policy, None if has_adapter and policy is not reference else reference, setup, rows["test"], is_toy
-        )
+        results[name], samples[name] = judge(policy, reference, setup, rows["test"], is_toy)
 
-    compare("reference", reference)
     if "sft" in recipe.compare:
         sft_rows = as_completions(rows["train"], chosen_only=True)
         compare("SFT on chosen", train_sft(sft_rows, setup.model, setup, "sft", max_steps=trainer.state.max_steps))
