@@ -179,7 +179,8 @@ def train_dpo(rows: Dataset, setup: "Setup", max_steps: int) -> PreTrainedModel:
         learning_rate=recipe.dpo_learning_rate or args.learning_rate / 10,
         # A pair is two completions: as many completions per step as the other methods
         per_device_train_batch_size=max(args.per_device_train_batch_size // 2, 1),
-        precompute_ref_log_probs=True,
+        # On several ranks TRL 1.16 does not find its cache of a dataset that is held in memory
+        precompute_ref_log_probs=PartialState().num_processes == 1,
     )
     trainer = DPOTrainer(setup.model, args=args, train_dataset=rows, **setup.trainer_kwargs(setup.model))
     trainer.train()

@@ -257,6 +257,22 @@ def test_advantages_are_rewards_minus_the_prompts_value_and_negative_ones_are_dr
     assert sum(total for _, total in report.subsets.values()) == 240
 
 
+def test_advantages_stay_alive_with_one_completion_per_prompt(build, dialogues):
+    """However long the head is fitted: it has not seen the reward of the prompt that it values. Rewards that say
+    nothing about their prompts keep most of their spread as advantages."""
+    rewards = torch.randn(len(dialogues), generator=torch.Generator().manual_seed(0))
+    rows = {
+        "prompt": dialogues["prompt"][:],
+        "completion": [completions[0] for completions in dialogues["completions"]],
+        "reward": rewards.tolist(),
+    }
+    trainer = build(train_dataset=Dataset.from_dict(rows), value_num_train_epochs=100, value_learning_rate=3e-3)
+    report = trainer.advantage_report
+    assert report.num_completions == len(dialogues) and 0.2 < report.kept_fraction < 0.8
+    advantages = torch.tensor(trainer.train_dataset["advantages"]).view(-1)
+    assert advantages.mean() > 0.5 * rewards[rewards > 0].mean()
+
+
 @pytest.mark.parametrize("baseline", ["group_mean", "leave_one_out", "batch_mean", "none"])
 def test_other_baselines(build, scored_pairs, baseline):
     """The four completions of a prompt are one group, although they stand in two rows."""
