@@ -312,7 +312,7 @@ class ValueEstimator:
         cache_dir (`str` or `Path`, *optional*):
             Folder of the cache. If `None`, nothing is kept.
         cache_key (`Any`, *optional*):
-            Hash of the reference's weights.
+            What the reference's hidden states depend on beside the prompts.
         batch_size (`int`, *optional*, defaults to `8`):
             Number of prompts in a forward of the policy.
         max_prompts (`int`, *optional*, defaults to `1024`):

@@ -138,7 +138,7 @@ class ALoLTrainer(_OfflineRewardTrainer):
         return ValueEstimator(
             self._reference_policy,
             cache_dir=self.cache_dir,
-            cache_key=self._reference_hash,
+            cache_key=self._reference_key,
             batch_size=args.per_device_eval_batch_size,
             max_prompts=args.value_max_prompts,
             seed=args.seed,

@@ -219,9 +219,9 @@ class _OfflineRewardTrainer(DPOTrainer):
     # ---- Reference policy ----
 
     @cached_property
-    def _reference_hash(self) -> str:
-        """Hash of the reference's weights. First read before training, when the policy still is the reference."""
-        return hash_module(self.ref_model or self.model)
+    def _reference_key(self) -> tuple[str, str]:
+        """What the reference's outputs depend on. First read before training, when the policy is the reference."""
+        return hash_module(self.ref_model or self.model), self.accelerator.mixed_precision
 
     @contextmanager
     def _reference_policy(self) -> Iterator[PreTrainedModel]:
@@ -288,7 +288,7 @@ class _OfflineRewardTrainer(DPOTrainer):
             sequences = [sequence for i in range(len(dataset)) for sequence in by_row[i]]
             return {"logps": torch.cat(sequences), "lengths": torch.tensor([len(s) for s in sequences])}
 
-        key = (content_key(dataset, ["prompt_ids", "completion_ids"]), self._reference_hash, self.args.max_length)
+        key = (content_key(dataset, ["prompt_ids", "completion_ids"]), self._reference_key, self.args.max_length)
         tensors = cached(self.cache_dir, f"ref_logps_{name}", key, compute)
         per_sequence = _list_array(pa.array(tensors["logps"].numpy()), tensors["lengths"])
         per_row = _list_array(per_sequence, torch.tensor([len(c) for c in dataset["completion_ids"]]))
