@@ -50,6 +50,20 @@ def scored_pairs(pairs: Dataset) -> Dataset:
 
 
 @pytest.fixture(scope="session")
+def short_pairs(scored_pairs: Dataset) -> Dataset:
+    """The same, cut to one word and with a hundredth of the reward: losses below one, from sums of a few tokens, so
+    that 1e-6 is above the rounding of float32."""
+
+    def shorten(row: dict[str, Any]) -> dict[str, Any]:
+        short = {
+            n: [{**row[n][0], "content": " ".join(row[n][0]["content"].split()[:1])}] for n in ("chosen", "rejected")
+        }
+        return {**short, **{name: row[name] / 100 for name in ("chosen_reward", "rejected_reward")}}
+
+    return scored_pairs.map(shorten)
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedModel]:
     """Makes a fresh Llama with 2 layers of width 32. The same seed gives the same weights."""
 

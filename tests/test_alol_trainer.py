@@ -108,31 +108,37 @@ def test_advantage_weighting_off_leaves_the_weight_to_the_sampling(build):
 
 # ---- Equalities ----
 
+# Adam divides by the size of the gradient, and so makes much of rounding errors where there is little gradient
+SGD = {"optim": "sgd", "learning_rate": 0.1}
+
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
-def test_cached_reference_equals_live_reference(build, tmp_path, peft_config):
-    live = build(output_dir=tmp_path / "live", peft_config=peft_config, max_steps=4)
-    cached = build(output_dir=tmp_path / "cached", peft_config=peft_config, max_steps=4, precompute_ref_log_probs=True)
+def test_cached_reference_equals_live_reference(build, tmp_path, short_pairs, peft_config):
+    kwargs = {"train_dataset": short_pairs, "peft_config": peft_config, "per_device_train_batch_size": 8, **SGD}
+    live = build(output_dir=tmp_path / "live", **kwargs)
+    cached = build(output_dir=tmp_path / "cached", precompute_ref_log_probs=True, **kwargs)
     assert cached.ref_model is None and "ref_logps" in cached.train_dataset.column_names
     (live_losses, live_weights), (cached_losses, cached_weights) = run(live), run(cached)
-    assert live_losses == pytest.approx(cached_losses, rel=1e-6, abs=1e-6)
+    assert live_losses == pytest.approx(cached_losses, rel=0, abs=1e-6)
     assert distance(live_weights, cached_weights) <= 1e-6
     # Control: with another reference the losses differ
     cached.train_dataset = cached.train_dataset.map(
         lambda row: {"ref_logps": [[x - 0.05 for x in row["ref_logps"][0]]]}
     )
-    assert run(cached)[0] != pytest.approx(live_losses, rel=1e-3)
+    assert run(cached)[0] != pytest.approx(live_losses, rel=0, abs=1e-4)
 
 
-def test_accumulation_equals_one_batch(build, tmp_path):
-    one = run(build(output_dir=tmp_path / "a", per_device_train_batch_size=8))
-    two = run(build(output_dir=tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=4))
-    assert one[0] == pytest.approx(two[0], rel=1e-6)
+def test_accumulation_equals_one_batch(build, tmp_path, short_pairs):
+    one = build(output_dir=tmp_path / "a", train_dataset=short_pairs, per_device_train_batch_size=8, **SGD)
+    accumulated = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    two = build(output_dir=tmp_path / "b", train_dataset=short_pairs, **accumulated, **SGD)
+    one, two = run(one), run(two)
+    assert one[0] == pytest.approx(two[0], rel=0, abs=1e-6)
     assert distance(one[1], two[1]) <= 5e-6
 
 
-def test_loss_does_not_depend_on_padding_order_or_split(build):
-    trainer = build(precompute_ref_log_probs=True)
+def test_loss_does_not_depend_on_padding_order_or_split(build, short_pairs):
+    trainer = build(train_dataset=short_pairs, precompute_ref_log_probs=True)
     rows = [trainer.train_dataset[i] for i in range(8)]
     trainer.model.train()
 
@@ -141,10 +147,11 @@ def test_loss_does_not_depend_on_padding_order_or_split(build):
             return trainer.compute_loss(trainer.model, trainer.data_collator(rows)).item()
 
     whole = loss(rows)
-    assert loss(rows[::-1]) == pytest.approx(whole, rel=1e-6)
-    assert sum(loss(rows[i : i + 2]) for i in (0, 2, 4, 6)) / 4 == pytest.approx(whole, rel=1e-6)
+    assert loss(rows[::-1]) == pytest.approx(whole, rel=0, abs=1e-6)
+    assert sum(loss(rows[i : i + 2]) for i in (0, 2, 4, 6)) / 4 == pytest.approx(whole, rel=0, abs=1e-6)
     trainer.data_collator.pad_to_multiple_of = 128
-    assert loss(rows) == pytest.approx(whole, rel=1e-6)
+    assert loss(rows) == pytest.approx(whole, rel=0, abs=1e-6)
+    assert abs(loss(rows[:7]) - whole) > 1e-4  # Control
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
@@ -442,7 +449,7 @@ def test_reward_function_errors_name_it_and_leave_nothing_behind(build, tmp_path
 
     with pytest.raises(RuntimeError, match="broken"):
         build(reward_funcs=broken)
-    assert not list(tmp_path.glob("cache/*"))
+    assert not list(tmp_path.glob("_cache/*"))
 
 
 def test_learning_raises_the_reward(tmp_path, tokenizer, tiny_model, dialogues):

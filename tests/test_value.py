@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_lol.value import (
     PromptValueHead,
@@ -20,8 +21,19 @@ from trl_lol.value import (
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model):
-    return tiny_model().eval()
+def model():
+    """A random Llama whose small initial weights leave the tokens readable in its hidden states, as training does."""
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
 
 
 def random_prompts(num_prompts, vocab_size, seed=0):

@@ -31,7 +31,7 @@ def content_key(dataset: Dataset, columns: list[str]) -> str:
         `str`: The hash, equal across processes.
     """
     digest = hashlib.sha256()
-    for batch in dataset.select_columns(columns).iter(batch_size=1000):
+    for batch in dataset.with_format(None).select_columns(columns).iter(batch_size=1000):
         digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

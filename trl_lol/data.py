@@ -111,15 +111,15 @@ def as_group(row: Mapping[str, Any]) -> Group:
     Raises:
         `ValueError`: If the row fits none of the accepted formats.
     """
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        example = row if "prompt" in row else {**row, **extract_prompt(row)}
+        rewards = next(([row[c], row[r]] for c, r in PREFERENCE_REWARDS if c in row and r in row), [1.0, 0.0])
+        return Group(example["prompt"], [example["chosen"], example["rejected"]], rewards)
     if row.get("completions") is not None and "prompt" in row:
         return Group(row["prompt"], list(row["completions"]), row.get("rewards"))
     if "completion" in row and "prompt" in row:
         rewards = next(([row[name]] for name in ("reward", "label") if name in row), None)
         return Group(row["prompt"], [row["completion"]], rewards)
-    if row.get("chosen") is not None and row.get("rejected") is not None:
-        example = row if "prompt" in row else {**row, **extract_prompt(row)}
-        rewards = next(([row[c], row[r]] for c, r in PREFERENCE_REWARDS if c in row and r in row), [1.0, 0.0])
-        return Group(example["prompt"], [example["chosen"], example["rejected"]], rewards)
     raise ValueError(f"A row has {', '.join(row)}. Accepted row formats:\n{ROW_FORMATS}")
 
 
@@ -155,6 +155,11 @@ def tokenize_row(
         raise ValueError(f"Row {index}: {error}") from None
     if group.prompt is None or None in group.completions:
         raise ValueError(f"Row {index} has a null prompt or completion. Give it a text or messages, or drop the row.")
+    if len({isinstance(text, str) for text in (group.prompt, *group.completions)}) > 1:
+        raise ValueError(
+            f"Row {index} mixes text and messages in its prompt and completions. Use one kind; if `chosen` and "
+            "`rejected` hold the whole conversation, drop the `prompt` column, and the prompt is taken from them."
+        )
     if group.rewards is None:
         raise ValueError(
             f"Row {index} has no reward: its columns are {', '.join(row)}. Pass `reward_funcs` to the trainer, or add "

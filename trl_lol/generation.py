@@ -15,7 +15,7 @@ from .data import Messages
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Without dropout and gradients. Each module gets its own mode back: some may have been frozen by the user."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -101,7 +101,7 @@ def generate_completions(
     }
 
     completion_ids: list[list[int]] = [[]] * len(prompts)
-    with _evaluating(model), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with evaluating(model), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         for batch in _batches([len(ids) for ids in prompt_ids], batch_size, "Generating"):
             inputs = [torch.tensor(prompt_ids[i]) for i in batch]
@@ -144,13 +144,14 @@ def completion_logps(
     """
     sequences = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
     logps = torch.zeros(len(sequences))
-    with _evaluating(model):
+    with evaluating(model):
         for batch in _batches([len(ids) for ids in sequences], batch_size, "Log-probabilities"):
             ids = [torch.tensor(sequences[i], device=model.device) for i in batch]
             # Padded on the right, so that positions are right without naming them
             mask = pad([torch.ones_like(row) for row in ids], 0, padding_side="right")
             outputs = model(input_ids=pad(ids, 0, padding_side="right"), attention_mask=mask, use_cache=False)
-            for i, row, logits in zip(batch, ids, outputs.logits, strict=True):
+            # Prompt-learning PEFT prepends virtual tokens to the outputs; keep the positions of the real tokens
+            for i, row, logits in zip(batch, ids, outputs.logits[:, -mask.size(1) :], strict=True):
                 start = len(prompt_ids[i])
                 scores = logits[start - 1 : len(row) - 1].float()
                 logps[i] = -F.cross_entropy(scores, row[start:], reduction="sum").cpu()

@@ -72,8 +72,8 @@ class AdvantageReport:
         positive = advantages.clamp(min=0).double()
         counts: dict[str, tuple[int, int]] = {}
         for name, is_kept in zip(subsets or [], kept.tolist() if subsets else [], strict=True):
-            num_kept, total = counts.get(name, (0, 0))
-            counts[name] = (num_kept + is_kept, total + 1)
+            num_kept, total = counts.get(str(name), (0, 0))
+            counts[str(name)] = (num_kept + is_kept, total + 1)
         return cls(
             num_completions=len(rewards),
             num_kept=int(kept.sum()),

@@ -341,6 +341,7 @@ class ValueEstimator:
         self.max_prompts = max_prompts
         self.fit_kwargs = {"seed": seed, **fit_kwargs}
         self.heads: list[PromptValueHead] = []
+        self.cross_fitted: dict[tuple[int, ...], float] = {}
 
     def fit(self, prompt_ids: Sequence[list[int]], rewards: Tensor, weights: Tensor | None = None) -> Tensor:
         """
@@ -382,6 +383,7 @@ class ValueEstimator:
         tensors = cached(self.cache_dir, "value_head", self.key, compute)
         values = torch.empty(len(prompt_ids))
         values[fitted] = tensors.pop("values")
+        self.cross_fitted = {tuple(prompt_ids[i]): values[i].item() for i in fitted}
         self.heads = [self._head(tensors, i) for i in range(len({name.split(".")[0] for name in tensors}))]
         if len(others):
             values[others] = self.predict_sharded([prompt_ids[i] for i in others], "train")
@@ -396,7 +398,7 @@ class ValueEstimator:
 
     def predict(self, prompt_ids: Sequence[list[int]], desc: str | None = None) -> Tensor:
         """
-        Predict prompts that the heads were not fitted on, on this rank alone.
+        Predict prompts on this rank alone. One that the heads were fitted on gets its cross-fitted value.
 
         Args:
             prompt_ids (`Sequence[list[int]]`):
@@ -407,17 +409,19 @@ class ValueEstimator:
         Returns:
             `torch.Tensor`: One value per prompt, of shape `(num_prompts,)`.
         """
-        values = torch.empty(len(prompt_ids))
+        values = torch.tensor([self.cross_fitted.get(tuple(ids), math.nan) for ids in prompt_ids])
+        unseen = values.isnan().nonzero().view(-1).tolist()
         with self.reference() as model:
             for head in self.heads:
                 head.to(model.device)
-            for batch, states in prompt_hidden_states(model, prompt_ids, self.batch_size, desc):
-                values[batch] = predict_values(self.heads, states).cpu()
+            prompts = [prompt_ids[i] for i in unseen]
+            for batch, states in prompt_hidden_states(model, prompts, self.batch_size, desc):
+                values[[unseen[i] for i in batch]] = predict_values(self.heads, states).cpu()
         return values
 
     def predict_sharded(self, prompt_ids: Sequence[list[int]], name: str) -> Tensor:
         """
-        Predict prompts that the heads were not fitted on, each rank a part of them.
+        Predict prompts, each rank a part of them.
 
         Args:
             prompt_ids (`Sequence[list[int]]`):

@@ -36,11 +36,11 @@ def distance(a, b):
 @pytest.mark.parametrize("run", ["cached", "lora", "live"])
 def test_two_ranks_equal_one(worlds, run):
     one, two = worlds[1][run], worlds[2][run]
-    assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+    assert one["loss"] == pytest.approx(two["loss"], rel=0, abs=1e-6)
     assert one["logratio/mean"] == pytest.approx(two["logratio/mean"], rel=1e-4, abs=1e-6)
     assert distance(one["weights"], two["weights"]) <= 5e-6
     # Control: had one rank's share of the batches been lost, the losses would show it
-    assert worlds[1]["half"]["loss"] != pytest.approx(worlds[2]["live"]["loss"], rel=1e-3)
+    assert worlds[1]["half"]["loss"] != pytest.approx(worlds[2]["live"]["loss"], rel=0, abs=1e-4)
 
 
 def test_scores_values_advantages_and_reference_log_probs_do_not_depend_on_the_ranks(worlds):
@@ -67,4 +67,4 @@ def test_resume_in_the_second_epoch_on_two_ranks(worlds):
 
 
 def test_evaluation_on_two_ranks_equals_one(worlds):
-    assert worlds[1]["cached"]["eval_loss"] == pytest.approx(worlds[2]["cached"]["eval_loss"], rel=1e-6)
+    assert worlds[1]["cached"]["eval_loss"] == pytest.approx(worlds[2]["cached"]["eval_loss"], rel=0, abs=1e-6)

@@ -113,15 +113,12 @@ class ALoLTrainer(_OfflineRewardTrainer):
         log_ratio = logps - ref_logps
         log_ratio = log_ratio[mask.bool()] if "alol_seq" in self.loss_types else log_ratio.sum(1)
         ratio = importance_ratio(log_ratio, args.epsilon)
-        metrics = {
-            "advantages/mean": advantages,
-            "importance_ratio/mean": ratio,
-            "importance_ratio/clipped": ratio != importance_ratio(log_ratio),
-        }
-        if self.model.training and self.advantage_report is not None:  # the batches hold what was kept
+        metrics = {"importance_ratio/mean": ratio, "importance_ratio/clipped": ratio != importance_ratio(log_ratio)}
+        if args.uses_advantages:
+            metrics["advantages/mean"] = advantages
+            metrics["advantages/kept_fraction"] = (advantages > 0).float()
+        if args.filters_advantages and self.model.training:  # the batches hold what was kept
             metrics["advantages/kept_fraction"] = advantages.new_tensor(self.advantage_report.kept_fraction)
-        else:
-            metrics["advantages/kept_fraction"] = advantages > 0
         return loss, metrics
 
     def _sampling_weights(self, dataset: Dataset) -> Tensor | None:
@@ -186,19 +183,19 @@ class ALoLTrainer(_OfflineRewardTrainer):
                 '`baseline="batch_mean"` needs the whole dataset, and a dataset is an `IterableDataset`. Use another '
                 "`baseline`, or pass a `Dataset`."
             )
-        if is_train and self._uses_values:
+        if is_train:  # the head of the stream stands for the whole of it
             rows = list(islice(dataset, args.value_max_prompts))
             if not rows:
                 raise ValueError("No row of the training stream has a scored completion. Check its rewards.")
             prompts, group_ids, rewards = _by_prompt(*([row[k] for row in rows] for k in ("prompt_ids", "rewards")))
-            values = self._fit_values(prompts, group_ids, rewards)[group_ids]
-            # The head of the stream stands for the whole of it
-            self._report(rewards, self._advantages(rewards, group_ids, values), Dataset.from_list(rows))
+            values = self._fit_values(prompts, group_ids, rewards)[group_ids] if self._uses_values else None
+            row_ids = torch.tensor([i for i, row in enumerate(rows) for _ in row["rewards"]])
+            self._report(rewards, self._advantages(rewards, row_ids, values), Dataset.from_list(rows))
         if is_train and args.uses_priority_sampling:
             logger.warning("An `IterableDataset` is read in its own order: completions are not drawn by advantage.")
 
         def add_advantages(batch: dict[str, list]) -> dict[str, list]:
-            rewards = torch.tensor([reward for row in batch["rewards"] for reward in row])
+            rewards = torch.tensor([reward for row in batch["rewards"] for reward in row], dtype=torch.float64)
             rows = torch.tensor([i for i, row in enumerate(batch["rewards"]) for _ in row])
             values = self.value_estimator.predict(batch["prompt_ids"])[rows] if self._uses_values else None
             advantages = _split_by_row(self._advantages(rewards, rows, values), batch["rewards"])
@@ -212,8 +209,13 @@ class ALoLTrainer(_OfflineRewardTrainer):
         return sequence_advantages(rewards, group_ids=group_ids, values=values, baseline=self.args.baseline)
 
     def _fit_values(self, prompts: list[list[int]], group_ids: Tensor, rewards: Tensor) -> Tensor:
-        counts = torch.zeros(len(prompts)).index_add(0, group_ids, torch.ones_like(rewards))
-        means = torch.zeros(len(prompts)).index_add(0, group_ids, rewards) / counts
+        if rewards.min() == rewards.max():
+            raise ValueError(
+                f"All {len(rewards)} rewards are {rewards[0]:.4g}: no completion is better than the policy's value of "
+                'its prompt. Check the rewards, or set `baseline="none"` to train on every completion alike.'
+            )
+        counts = torch.zeros(len(prompts)).index_add(0, group_ids, torch.ones(len(rewards)))
+        means = torch.zeros(len(prompts)).index_add(0, group_ids, rewards.float()) / counts
         if (value_range := self.args.value_range) and not (
             value_range[0] <= means.min() <= means.max() <= value_range[1]
         ):
@@ -246,7 +248,7 @@ class ALoLTrainer(_OfflineRewardTrainer):
             )
         if self.is_world_process_zero():
             report.save(Path(args.output_dir) / "advantage_report.json")
-        if self.is_local_process_zero() and not args.disable_tqdm:
+        if self.is_local_process_zero():
             print(f"Advantages of the training data:\n{report}")
         if "alol_kl" in args.loss_type and (num_low := int(((advantages > 0) & (advantages < args.beta)).sum())):
             logger.warning(
@@ -268,7 +270,7 @@ def _by_prompt(
     for ids, row in zip(prompt_ids, rewards, strict=True):
         group_ids += [positions.setdefault(tuple(ids), len(positions))] * len(row)
         flat += row
-    return [list(ids) for ids in positions], torch.tensor(group_ids), torch.tensor(flat)
+    return [list(ids) for ids in positions], torch.tensor(group_ids), torch.tensor(flat, dtype=torch.float64)
 
 
 def _split_by_row(x: Tensor, rows: Iterable[list]) -> list[list[float]]:

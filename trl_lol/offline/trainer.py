@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOTrainer
 
+from .. import __version__
 from .._cache import cached, content_key
 from .._trl import (
     disable_gradient_checkpointing,
@@ -28,14 +29,13 @@ from .._trl import (
     use_adapter,
 )
 from ..data import DataCollatorForGroups, check_columns, tokenize_row
-from ..rewards import score_dataset
+from ..generation import evaluating
+from ..rewards import RewardFunc, score_dataset
 from .base_config import _OfflineRewardConfig
 from .sampling import EpochSampler, SetEpochCallback
 
 
 logger = get_logger(__name__)
-
-RewardFunc = Callable[..., list[float | None]]
 
 
 class _OfflineRewardTrainer(DPOTrainer):
@@ -47,6 +47,7 @@ class _OfflineRewardTrainer(DPOTrainer):
     """
 
     _config_class: type[_OfflineRewardConfig]
+    _min_completions = 1
 
     def __init__(
         self,
@@ -72,8 +73,12 @@ class _OfflineRewardTrainer(DPOTrainer):
                 f"`args` is of type {type(args).__name__}. {type(self).__name__} expects "
                 f"{self._config_class.__name__}, which accepts the same arguments: replacing the class name is enough."
             )
-        self.cache_dir = Path(args.output_dir) / "cache"
+        self.cache_dir = Path(args.output_dir) / "_cache"  # what begins with "_" is not pushed to the Hub
         self.reward_funcs = reward_funcs if isinstance(reward_funcs, list | None) else [reward_funcs]
+        if args.reward_weights is not None and reward_funcs is None:
+            raise ValueError(
+                "`reward_weights` is set, but there are no `reward_funcs` to weight. Pass them, or remove it."
+            )
         if isinstance(train_dataset, Dataset | IterableDataset):  # DPOTrainer's constructor rejects anything else
             check_columns(_column_names(train_dataset, "train"))
         needs_copy = ref_model is None and peft_config is None and not args.precompute_ref_log_probs
@@ -102,8 +107,6 @@ class _OfflineRewardTrainer(DPOTrainer):
             self.data_collator = DataCollatorForGroups(
                 self._tokenizer.pad_token_id, args.max_length, args.pad_to_multiple_of
             )
-        for policy in filter(None, (self.model, self.ref_model)):
-            policy.eval()  # the passes over the data that follow must not drop anything out
         self.train_dataset = self._finish_dataset(self.train_dataset, "train", is_train=True)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self._finish_dataset(d, name) for name, d in self.eval_dataset.items()}
@@ -124,6 +127,7 @@ class _OfflineRewardTrainer(DPOTrainer):
             return dataset
         check_columns(columns)
         is_map_style = isinstance(dataset, Dataset)
+        dataset = dataset.with_format(None)  # rows as plain Python, not as tensors or arrays
 
         if self.reward_funcs is not None:
             dataset = score_dataset(
@@ -140,6 +144,11 @@ class _OfflineRewardTrainer(DPOTrainer):
                 "rejected ones 0. Pass `reward_funcs` to score them."
             )
 
+        eos_token = self._tokenizer.eos_token
+
+        def tokenize(row: dict[str, Any], index: int, version: str) -> dict[str, Any]:
+            return tokenize_row(row, index, processing_class, eos_token)
+
         def progress(desc: str) -> dict[str, Any]:  # `IterableDataset.map` takes neither argument
             return (
                 {"num_proc": args.dataset_num_proc, "desc": f"{desc} {dataset_name} dataset"} if is_map_style else {}
@@ -147,9 +156,9 @@ class _OfflineRewardTrainer(DPOTrainer):
 
         with global_then_local_main_first():
             dataset = dataset.map(
-                tokenize_row,
+                tokenize,
                 with_indices=True,
-                fn_kwargs={"processing_class": processing_class, "eos_token": self._tokenizer.eos_token},
+                fn_kwargs={"version": __version__},  # another version of this package does not find this one's cache
                 remove_columns=[name for name in columns if name != "subset"],
                 **progress("Tokenizing"),
             )
@@ -174,12 +183,10 @@ class _OfflineRewardTrainer(DPOTrainer):
             if len(dataset) == 0:
                 raise ValueError(
                     f"None of the {num_rows} rows of the {dataset_name} dataset is left: each has a prompt that fills "
-                    f"`max_length={args.max_length}`, or fewer than {self._min_completions} scored completions. Raise "
-                    "`max_length`, or score more completions."
+                    f"`max_length={args.max_length}`, or fewer than {self._min_completions} scored completions "
+                    f"({num_dropped} completions are not scored). Raise `max_length`, or score more completions."
                 )
         return self._add_advantages(dataset, dataset_name) if self._constructed else dataset
-
-    _min_completions = 1
 
     def _finish_dataset(
         self, dataset: Dataset | IterableDataset, name: str, is_train: bool = False
@@ -219,22 +226,23 @@ class _OfflineRewardTrainer(DPOTrainer):
     # ---- Reference policy ----
 
     @cached_property
-    def _reference_key(self) -> tuple[str, str]:
+    def _reference_key(self) -> tuple:
         """What the reference's outputs depend on. First read before training, when the policy is the reference."""
-        return hash_module(self.ref_model or self.model), self.accelerator.mixed_precision
+        model = self.ref_model or self.model
+        configs = [model.config, *(model.peft_config.values() if is_peft_model(model) else ())]
+        names = {"_name_or_path", "base_model_name_or_path"}  # where the weights came from does not matter
+        settings = [{k: str(v) for k, v in config.to_dict().items() if k not in names} for config in configs]
+        return hash_module(model), settings, self.accelerator.mixed_precision
 
     @contextmanager
     def _reference_policy(self) -> Iterator[PreTrainedModel]:
         """The frozen reference policy, without wrappers or adapters. Within it, the policy itself is off limits."""
         with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
+            stack.enter_context(evaluating(self.ref_model or self.model))
             stack.enter_context(disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs))
             if self.ref_model is None and is_peft_model(self.model):
                 policy = self.accelerator.unwrap_model(self.model)
                 stack.enter_context(use_adapter(policy, "ref" if "ref" in policy.peft_config else None))
-            if self.model.training and not self.args.disable_dropout:
-                self.model.eval()
-                stack.callback(self.model.train)
             stack.enter_context(self.accelerator.autocast())
             model = self.accelerator.unwrap_model(self.ref_model or self.model)
             yield model.get_base_model() if is_peft_model(model) else model
@@ -266,26 +274,25 @@ class _OfflineRewardTrainer(DPOTrainer):
             return dataset  # `_finish_dataset` comes here once the rows to keep are known
 
         def compute() -> dict[str, Tensor]:
-            sizes = [len(p) + max(map(len, c)) for p, c in zip(*_columns(dataset), strict=True)]
+            prompts, completions = dataset["prompt_ids"], dataset["completion_ids"]
+            sizes = [len(p) + max(map(len, c)) for p, c in zip(prompts, completions, strict=True)]
             order = sorted(range(len(dataset)), key=sizes.__getitem__, reverse=True)
             # Every rank gets as many rows, the first ones twice if need be: a forward may be collective (ZeRO-3)
             order += order[: -len(order) % self.accelerator.num_processes]
             mine = order[self.accelerator.process_index :: self.accelerator.num_processes]
             rows = dataset.select(mine).select_columns(["prompt_ids", "completion_ids"])
-            logps: list[list[Tensor]] = []
+            logps: list[Tensor] = []
             for batch in tqdm(
                 DataLoader(rows, batch_size, collate_fn=self.data_collator),
                 desc=f"Computing reference log probs for {name} dataset",
             ):
-                logps += [[] for _ in range(int(batch["group_ids"][-1]) + 1)]
-                first = len(logps) - int(batch["group_ids"][-1]) - 1
                 batch = self._prepare_inputs(batch)
-                scored = batch["completion_mask"][:, 1:].bool()
+                scored = batch["completion_mask"][:, 1:].bool().cpu()
                 batch_logps = self.compute_ref_log_probs(self.ref_model or self.model, batch).cpu()
-                for group, row, kept in zip(batch["group_ids"].tolist(), batch_logps, scored.cpu(), strict=True):
-                    logps[first + group].append(row[kept])
-            by_row = dict(gather_object(list(zip(mine, logps, strict=True))))
-            sequences = [sequence for i in range(len(dataset)) for sequence in by_row[i]]
+                logps += [row[kept] for row, kept in zip(batch_logps, scored, strict=True)]
+            members = [(row, member) for row in mine for member in range(len(completions[row]))]
+            by_member = dict(gather_object(list(zip(members, logps, strict=True))))
+            sequences = [by_member[member] for member in sorted(by_member)]
             return {"logps": torch.cat(sequences), "lengths": torch.tensor([len(s) for s in sequences])}
 
         key = (content_key(dataset, ["prompt_ids", "completion_ids"]), self._reference_key, self.args.max_length)
@@ -400,10 +407,6 @@ def _model_kwargs(inputs: dict[str, Tensor]) -> dict[str, Any]:
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     attention_mask = inputs["attention_mask"]
     return {"input_ids": inputs["input_ids"], "attention_mask": attention_mask, "labels": labels, "use_cache": False}
-
-
-def _columns(dataset: Dataset) -> tuple[Any, Any]:
-    return dataset["prompt_ids"], dataset["completion_ids"]
 
 
 def _list_array(values: pa.Array, lengths: Tensor) -> pa.Array:

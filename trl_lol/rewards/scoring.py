@@ -193,9 +193,9 @@ def _score_batch(batch: dict[str, list], score: Callable[..., list[Rewards]], na
 
 def _reward_columns(columns: list[str]) -> list[str]:
     """Names of the columns that hold the rewards of rows with these columns."""
-    if "prompt" in columns and "completions" in columns:
-        return ["rewards"]
-    return ["reward"] if "prompt" in columns and "completion" in columns else ["chosen_reward", "rejected_reward"]
+    if {"chosen", "rejected"} <= set(columns):
+        return ["chosen_reward", "rejected_reward"]
+    return ["rewards"] if "completions" in columns else ["reward"]
 
 
 def _as_columns(names: list[str], scores: list[Rewards]) -> dict[str, list]:
