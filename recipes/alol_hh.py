@@ -130,8 +130,11 @@ def load_toy(recipe: RecipeArguments, seed: int) -> tuple[DatasetDict, PreTraine
 
 def load_rows(recipe: RecipeArguments) -> DatasetDict:
     """Rows from the Hub or a folder."""
-    rows = load_dataset(recipe.dataset_name, name=recipe.dataset_config)
-    rows = DatasetDict(train=rows[recipe.dataset_train_split], test=rows[recipe.dataset_test_split])
+    splits = load_dataset(recipe.dataset_name, name=recipe.dataset_config)
+    if recipe.dataset_test_split in splits:
+        rows = DatasetDict(train=splits[recipe.dataset_train_split], test=splits[recipe.dataset_test_split])
+    else:  # hold out a tenth
+        rows = splits[recipe.dataset_train_split].train_test_split(test_size=0.1, seed=0)
     first = rows["train"][0]
     if isinstance(first.get("chosen"), str) and first["chosen"].lstrip().startswith("Human:"):
         rows = rows.map(hh_to_messages)
@@ -145,7 +148,8 @@ def load_rows(recipe: RecipeArguments) -> DatasetDict:
 
 def as_pairs(rows: Dataset) -> Dataset:
     """What DPO trains on: the pair alone, without the scores."""
-    return rows.select_columns([name for name in ("prompt", "chosen", "rejected") if name in rows.column_names])
+    names = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+    return rows.select_columns([name for name in names if name in rows.column_names])
 
 
 def as_completions(rows: Dataset, chosen_only: bool) -> Dataset:
@@ -345,7 +349,14 @@ def main() -> None:
     else:
         rows, model = load_rows(recipe), model_args.model_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(model, revision=model_args.model_revision)
-        args.model_init_kwargs = {"dtype": model_args.dtype, "revision": model_args.model_revision}
+        args.model_init_kwargs = {
+            "dtype": model_args.dtype,
+            "revision": model_args.model_revision,
+            "attn_implementation": model_args.attn_implementation,
+        }
+        if "dpo" in recipe.compare and "chosen" not in rows["train"].column_names:
+            print("The rows are not preferences: leaving out the comparison with DPO.")
+            recipe.compare.remove("dpo")
     setup = Setup(recipe, args, model_args, model, tokenizer)
     if recipe.reference_sft_steps:
         setup.model = str(output_dir / "reference")

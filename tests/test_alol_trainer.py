@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from trl_lol import ALoLConfig, ALoLTrainer
+from trl_lol import ALoLConfig, ALoLTrainer, toy
 from trl_lol.advantages import sequence_advantages
 from trl_lol.losses import ALOL_LOSS_TYPES, alol_loss
 from trl_lol.offline.sampling import EpochSampler
@@ -479,3 +479,87 @@ def test_learning_raises_the_reward(tmp_path, tokenizer, tiny_model, dialogues):
                 )
             gap = outputs.log_probs.sum(1)[0::2] - outputs.log_probs.sum(1)[1::2]
             assert (sign * gap).min() > 2
+
+
+# ---- Corners ----
+
+
+def test_cache_tells_models_apart_that_have_the_same_weights(build, tiny_model):
+    """The scale of a LoRA adapter is in its config alone. Log-probabilities cached with one must not serve another."""
+    for alpha in (4, 64):
+        model = get_peft_model(tiny_model(), LoraConfig(r=4, lora_alpha=alpha, target_modules="all-linear"))
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+        trainer = build(model, precompute_ref_log_probs=True, max_steps=1)
+        trainer.train()
+        assert abs(logged(trainer, "logratio/mean")[0]) < 1e-4
+
+
+def test_live_reference_has_no_dropout(build, tokenizer):
+    """Dropout in the attention is no module, so that `disable_dropout` does not reach it."""
+    model = toy.make_model(tokenizer, hidden_size=32, num_layers=2)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    trainer = build(model, peft_config=LORA)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    trainer.model.train()
+    first, second = (trainer.compute_ref_log_probs(trainer.model, batch) for _ in range(2))
+    assert torch.equal(first, second) and trainer.model.training
+    policy = [trainer.compute_loss(trainer.model, dict(batch)).item() for _ in range(2)]
+    assert policy[0] != policy[1]  # Control: the policy has
+
+
+def test_metrics_are_named_for_what_they_are(build):
+    for settings, kept in (({"loss_type": ["nll"]}, None), ({"advantage_filter": "none"}, "some"), ({}, "report")):
+        trainer = build(max_steps=1, **settings)
+        trainer.train()
+        fractions = logged(trainer, "advantages/kept_fraction")
+        if kept is None:
+            assert not fractions and not logged(trainer, "advantages/mean")
+        elif kept == "report":
+            assert fractions == [pytest.approx(trainer.advantage_report.kept_fraction)]
+        else:
+            assert 0 <= fractions[0] <= 1
+
+
+@pytest.mark.parametrize("column", [["a", None] * 60, [["a"], ["b"]] * 60], ids=["null", "list"])
+def test_subsets_of_any_kind(build, scored_pairs, column):
+    report = build(train_dataset=scored_pairs.remove_columns("subset").add_column("subset", column)).advantage_report
+    assert len(report.subsets) == 2 and sum(total for _, total in report.subsets.values()) == 240
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_dataset_in_a_tensor_format(build, tmp_path, kind):
+    rows = Dataset.from_dict(
+        {"prompt": ["a", "b"] * 4, "completion": list("cdefghij"), "reward": [0.0, 1.0, 2.0, 3.0] * 2}
+    )
+    plain, formatted = (build(train_dataset=d, output_dir=tmp_path / "x") for d in (rows, rows.with_format(kind)))
+    assert plain.train_dataset[:] == formatted.train_dataset[:]
+
+
+def test_equal_rewards_say_so(build):
+    rows = Dataset.from_dict({"prompt": list("abcd"), "completion": list("efgh"), "reward": [0.1] * 4})
+    with pytest.raises(ValueError, match=r"All 4 rewards are 0\.1"):
+        build(train_dataset=rows)
+    assert len(build(train_dataset=rows, baseline="none").train_dataset) == 4
+
+
+def test_stream_uses_cross_fitted_values_and_reports(build, scored_pairs):
+    """A prompt that the heads were fitted on has the same advantage, streamed or not."""
+    whole = build(advantage_filter="none")
+    stream = build(train_dataset=scored_pairs.to_iterable_dataset(), advantage_filter="none")
+    advantages = torch.tensor([row["advantages"][0] for row in stream.train_dataset])
+    expected = torch.tensor(whole.train_dataset["advantages"]).view(-1)
+    torch.testing.assert_close(advantages, expected, atol=1e-5, rtol=1e-5)
+    assert stream.advantage_report.num_completions == 240
+    tied = Dataset.from_dict({"prompt": ["a"], "completion": ["b"], "reward": [1.0]}).to_iterable_dataset()
+    with pytest.raises(ValueError, match="nothing to train on"):
+        build(train_dataset=tied, baseline="group_mean")
+
+
+def test_reward_weights_need_reward_functions(build):
+    with pytest.raises(ValueError, match="reward_weights"):
+        build(reward_weights=[1.0])

@@ -608,3 +608,14 @@ def test_the_trainer_refuses_bad_datasets_before_anything_is_built(tiny_model, t
             ALoLTrainer(model, args=args, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer)
     with pytest.raises(ValueError, match="`train_dataset` is required"):
         ALoLTrainer(model, args=args, processing_class=tokenizer)
+
+
+def test_mixed_kinds_and_lone_scores_are_refused(prepare):
+    """The prompt as text, the answers as whole conversations: a common shape of preference data."""
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    with pytest.raises(ValueError, match=r"(?s)Row 0 mixes text and messages.*drop the `prompt` column"):
+        prepare(Dataset.from_list([{"prompt": "Hi", "chosen": talk, "rejected": talk}]))
+    with pytest.raises(ValueError, match=r"`chosen_reward` and `rejected_reward`"):
+        check_columns(["prompt", "chosen", "rejected", "chosen_reward"])
+    group = as_group({"prompt": "a", "chosen": "b", "rejected": "c", "completion": "d"})
+    assert group.completions == ["b", "c"]

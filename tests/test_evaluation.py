@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -461,3 +461,15 @@ def test_the_callback_draws_its_prompts_once(tmp_path, tokenizer):
         draw([])
     with pytest.raises(TypeError, match="adapter"):
         GenerationEvalCallback(trainer, rows, "some/model")
+
+
+def test_virtual_tokens_are_passed_over():
+    """Prompt tuning puts 3 virtual tokens before the real ones: the token at position t is predicted by logit t + 2."""
+    config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(), config).eval()
+    prompt, completion = [4, 5, 6], [7, 8, EOS]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + completion])).logits[0]
+    assert logits.size(0) == 9
+    expected = sum(logits[3 + t - 1].log_softmax(-1)[token] for t, token in enumerate(completion, start=3))
+    torch.testing.assert_close(completion_logps(model, [prompt, prompt[:2]], [completion, [4]])[0], expected)
