@@ -18,10 +18,9 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results" / "alol_hh_toy"
 
 
-def run(seed: int, options: list[str]) -> None:
+def run(seed: int, options: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "recipes" / "alol_hh.py"), "--seed", str(seed), "--output_dir", folder]
         subprocess.run([*command, "--disable_tqdm", "true", *options], check=True)
@@ -33,17 +32,17 @@ def run(seed: int, options: list[str]) -> None:
             "versions": {name: version(name) for name in ("trl-lol", "trl", "transformers", "torch")},
             "threads": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
         }
-    (RESULTS / f"seed{seed}.json").write_text(json.dumps(result, indent=2) + "\n")
+    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def table(results: list[dict]) -> str:
-    """Mean ± standard deviation over the seeds, and in how many seeds a policy beats the reference."""
+    """Mean ± standard deviation over the seeds, and in how many of them A-LoL gets more reward than a policy."""
     metrics = ["reward", "kl", "length", "distinct_1", "distinct_2", "distinct_3"]
     lines = [
         f"{len(results)} seeds: {', '.join(str(r['seed']) for r in results)}. Mean ± standard deviation over seeds.",
         "",
-        "| policy | " + " | ".join(metrics) + " | beats reference | beats SFT on chosen |",
-        "| --- |" + " ---: |" * (len(metrics) + 2),
+        "| policy | " + " | ".join(metrics) + " | A-LoL has more reward |",
+        "| --- |" + " ---: |" * (len(metrics) + 1),
     ]
     for policy in results[0]["policies"]:
         cells = []
@@ -51,9 +50,8 @@ def table(results: list[dict]) -> str:
             values = [r["policies"][policy][metric] for r in results]
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3f}{spread}")
-        for other in ("reference", "SFT on chosen"):
-            wins = sum(r["policies"][policy]["reward"] > r["policies"][other]["reward"] for r in results)
-            cells.append("" if policy == other else f"{wins} / {len(results)}")
+        wins = sum(r["policies"]["A-LoL"]["reward"] > r["policies"][policy]["reward"] for r in results)
+        cells.append("" if policy == "A-LoL" else f"{wins} / {len(results)}")
         lines.append(f"| {policy} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -61,13 +59,15 @@ def table(results: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--name", default="alol_hh_toy", help="folder under benchmarks/results")
     args, options = parser.parse_known_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    folder = Path(__file__).parent / "results" / args.name
+    folder.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
-        if not (RESULTS / f"seed{seed}.json").exists():
-            run(seed, options)
-    results = [json.loads((RESULTS / f"seed{seed}.json").read_text()) for seed in args.seeds]
-    (RESULTS / "README.md").write_text(table(results))
+        if not (folder / f"seed{seed}.json").exists():
+            run(seed, options, folder / f"seed{seed}.json")
+    results = [json.loads((folder / f"seed{seed}.json").read_text()) for seed in args.seeds]
+    (folder / "README.md").write_text(table(results))
     print(table(results))
 
 

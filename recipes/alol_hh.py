@@ -68,7 +68,8 @@ class RecipeArguments(ScriptArguments):
         max_test_rows (`int`, *optional*, defaults to `200`):
             Number of test rows to use at most.
         compare (`list[str]`, *optional*, defaults to `["sft", "dpo"]`):
-            Methods to train on the same rows, with the same number of completions, for comparison.
+            Methods to train on the same rows, with the same number of completions, for comparison: `"sft"` on the
+            chosen completions, `"dpo"`, and `"dpo_by_score"`, which orders each pair by its scores.
         reference_sft_steps (`int`, *optional*, defaults to `0`):
             Number of steps of supervised fine-tuning on all completions that make the reference policy.
         reference_learning_rate (`float`, *optional*, defaults to `2e-3`):
@@ -90,7 +91,8 @@ class RecipeArguments(ScriptArguments):
     max_train_rows: int | None = field(default=None, metadata={"help": "Number of training rows to use at most."})
     max_test_rows: int = field(default=200, metadata={"help": "Number of test rows to use at most."})
     compare: list[str] = field(
-        default_factory=lambda: ["sft", "dpo"], metadata={"help": "Methods to compare with: 'sft', 'dpo'."}
+        default_factory=lambda: ["sft", "dpo"],
+        metadata={"help": "Methods to compare with: 'sft', 'dpo', 'dpo_by_score'."},
     )
     reference_sft_steps: int = field(default=0, metadata={"help": "SFT steps that make the reference policy."})
     reference_learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of these steps."})
@@ -146,8 +148,15 @@ def load_rows(recipe: RecipeArguments) -> DatasetDict:
     return rows
 
 
-def as_pairs(rows: Dataset) -> Dataset:
-    """What DPO trains on: the pair alone, without the scores."""
+def as_pairs(rows: Dataset, by_score: bool = False) -> Dataset:
+    """What DPO trains on: the pair alone. With `by_score`, the completion that scores higher is the chosen one."""
+
+    def order(row: dict[str, Any]) -> dict[str, Any]:
+        pair = (row["chosen"], row["rejected"])
+        chosen, rejected = pair if row["chosen_reward"] >= row["rejected_reward"] else pair[::-1]
+        return {"chosen": chosen, "rejected": rejected}
+
+    rows = rows.map(order) if by_score else rows
     names = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
     return rows.select_columns([name for name in names if name in rows.column_names])
 
@@ -173,11 +182,11 @@ def train_sft(rows: Dataset, model: Any, setup: "Setup", name: str, **overrides:
     return trainer.model
 
 
-def train_dpo(rows: Dataset, setup: "Setup", max_steps: int) -> PreTrainedModel:
+def train_dpo(rows: Dataset, setup: "Setup", name: str, max_steps: int) -> PreTrainedModel:
     recipe, args = setup.recipe, setup.args
     args = setup.config(
         DPOConfig,
-        "dpo",
+        name,
         max_steps=max_steps,
         beta=recipe.dpo_beta,
         learning_rate=recipe.dpo_learning_rate or args.learning_rate / 10,
@@ -354,9 +363,9 @@ def main() -> None:
             "revision": model_args.model_revision,
             "attn_implementation": model_args.attn_implementation,
         }
-        if "dpo" in recipe.compare and "chosen" not in rows["train"].column_names:
-            print("The rows are not preferences: leaving out the comparison with DPO.")
-            recipe.compare.remove("dpo")
+        if "chosen" not in rows["train"].column_names:
+            print("The rows are not preferences: leaving out DPO.")
+            recipe.compare = [name for name in recipe.compare if not name.startswith("dpo")]
     setup = Setup(recipe, args, model_args, model, tokenizer)
     if recipe.reference_sft_steps:
         setup.model = str(output_dir / "reference")
@@ -400,8 +409,10 @@ def main() -> None:
     if "sft" in recipe.compare:
         sft_rows = as_completions(rows["train"], chosen_only=True)
         compare("SFT on chosen", train_sft(sft_rows, setup.model, setup, "sft", max_steps=trainer.state.max_steps))
-    if "dpo" in recipe.compare:
-        compare("DPO", train_dpo(as_pairs(rows["train"]), setup, trainer.state.max_steps))
+    for name, label in (("dpo", "DPO"), ("dpo_by_score", "DPO on pairs by score")):
+        if name in recipe.compare:
+            pairs = as_pairs(rows["train"], by_score=name == "dpo_by_score")
+            compare(label, train_dpo(pairs, setup, name, trainer.state.max_steps))
     compare("A-LoL", trainer.model)
     if is_main:
         write_results(results, output_dir)

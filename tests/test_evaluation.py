@@ -464,7 +464,7 @@ def test_the_callback_draws_its_prompts_once(tmp_path, tokenizer):
 
 
 def test_virtual_tokens_are_passed_over():
-    """Prompt tuning puts 3 virtual tokens before the real ones: the token at position t is predicted by logit t + 2."""
+    """Prompt tuning puts 3 virtual tokens before the real ones: logit t + 2 predicts the token at position t."""
     config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     model = get_peft_model(tiny_llama(), config).eval()
     prompt, completion = [4, 5, 6], [7, 8, EOS]
