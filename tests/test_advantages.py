@@ -306,3 +306,22 @@ def test_priority_weights_need_a_positive_advantage(advantages: list[float]) -> 
     with pytest.raises(ValueError, match=f"None of the {len(advantages)} advantages is positive"):
         priority_weights(tensor(advantages))
     priority_weights(tensor([*advantages, 1e-9]))  # control: one is enough
+
+
+def test_integer_rewards_have_fractional_advantages():
+    """Rewards 0, 1, 1 over their mean 2/3."""
+    advantages = sequence_advantages(torch.tensor([0, 1, 1]), baseline="batch_mean")
+    torch.testing.assert_close(advantages, torch.tensor([-2 / 3, 1 / 3, 1 / 3]))
+
+
+def test_ties_are_no_advantage_in_single_precision():
+    """The float32 mean of 0.7, seven times, is not 0.7; a completion that is as good as all others has advantage 0."""
+    rewards = torch.full((7,), 0.7)
+    assert rewards.sum() / 7 != rewards[0]  # Control
+    for baseline in ("group_mean", "leave_one_out", "batch_mean"):
+        assert (sequence_advantages(rewards, group_ids=torch.zeros(7), baseline=baseline) == 0).all()
+
+
+def test_gae_of_empty_completions():
+    advantages, returns = gae(torch.zeros(2, 0), torch.zeros(2, 0), torch.zeros(2, 0))
+    assert advantages.shape == returns.shape == (2, 0)

@@ -44,6 +44,7 @@ def sequence_advantages(
     Raises:
         `ValueError`: If `baseline` is unknown or the tensor that it needs is missing.
     """
+    rewards = rewards if rewards.is_floating_point() else rewards.float()
     scored = ~rewards.isnan()
     # In double precision, where the mean of equal rewards is exactly that reward: a tie is no advantage
     known = rewards.masked_fill(~scored, 0.0).double()
@@ -102,7 +103,7 @@ def gae(
     mask = mask.bool()
     rewards = rewards.detach().masked_fill(~mask, 0.0)
     values = values.detach().masked_fill(~mask, 0.0)
-    next_value = torch.zeros_like(values[:, 0])
+    next_value = values.new_zeros(values.size(0))
     next_advantage = torch.zeros_like(next_value)
     advantages = torch.zeros_like(values)
     for t in reversed(range(values.size(1))):
