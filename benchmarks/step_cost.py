@@ -85,7 +85,7 @@ def main() -> None:
         "ratios": ratios,
         "cpu_seconds": seconds,
         "tokens_per_round": tokens,
-        "settings": {k: str(v) for k, v in vars(args).items() if k != "output"},
+        "settings": {k: Path(v).name if k == "model" and v else v for k, v in vars(args).items() if k != "output"},
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl)},
         "machine": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
