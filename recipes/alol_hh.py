@@ -175,6 +175,11 @@ def as_completions(rows: Dataset, chosen_only: bool) -> Dataset:
 # ---- Training ----
 
 
+def announce(what: str) -> None:
+    if PartialState().is_main_process:
+        print(f"\n== {what} ==", flush=True)
+
+
 def train_sft(rows: Dataset, model: Any, setup: "Setup", name: str, **overrides: Any) -> PreTrainedModel:
     args = setup.config(SFTConfig, name, completion_only_loss=True, **overrides)
     trainer = SFTTrainer(model, args=args, train_dataset=rows, **setup.trainer_kwargs(model))
@@ -337,7 +342,7 @@ def plot(trainer: ALoLTrainer, samples: dict[str, list[dict[str, Any]]], output_
         for policy, values in rewards.items():
             axis.ecdf(values, label=f"{policy}, mean {sum(values) / len(values):.2f}")
         axis.set(xlabel="held-out reward", ylabel="part of the answers below", title="Answers to held-out prompts")
-        axis.legend(loc="upper left")
+        axis.legend(loc="upper left", fontsize="small", framealpha=0.6)
         figure.savefig(output_dir / "rewards.png", dpi=150)
 
 
@@ -368,6 +373,7 @@ def main() -> None:
             recipe.compare = [name for name in recipe.compare if not name.startswith("dpo")]
     setup = Setup(recipe, args, model_args, model, tokenizer)
     if recipe.reference_sft_steps:
+        announce("The reference policy: SFT on all completions")
         setup.model = str(output_dir / "reference")
         model = train_sft(
             as_completions(rows["train"], chosen_only=False),
@@ -384,14 +390,14 @@ def main() -> None:
             tokenizer.save_pretrained(setup.model)
         PartialState().wait_for_everyone()
 
-    # A-LoL
+    announce("A-LoL: values, advantages, training")
     trainer = ALoLTrainer(setup.model, args=args, train_dataset=rows["train"], **setup.trainer_kwargs(setup.model))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     if is_main:
-        trainer.create_model_card()
+        trainer.create_model_card(model_name=output_dir.name)
 
-    # Beside it
+    announce("The reference policy: answers")
     results, samples = {}, {}
     if get_peft_config(model_args) is None:
         reference = AutoModelForCausalLM.from_pretrained(setup.model, **args.model_init_kwargs or {})
@@ -407,12 +413,15 @@ def main() -> None:
         results[name], samples[name] = judge(policy, reference, setup, rows["test"], is_toy)
 
     if "sft" in recipe.compare:
+        announce("For comparison: SFT on chosen completions")
         sft_rows = as_completions(rows["train"], chosen_only=True)
         compare("SFT on chosen", train_sft(sft_rows, setup.model, setup, "sft", max_steps=trainer.state.max_steps))
     for name, label in (("dpo", "DPO"), ("dpo_by_score", "DPO on pairs by score")):
         if name in recipe.compare:
+            announce(f"For comparison: {label}")
             pairs = as_pairs(rows["train"], by_score=name == "dpo_by_score")
             compare(label, train_dpo(pairs, setup, name, trainer.state.max_steps))
+    announce("A-LoL: answers")
     compare("A-LoL", trainer.model)
     if is_main:
         write_results(results, output_dir)

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 from conftest import cpu_args
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import trl_lol
+from trl_lol import toy
 
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -20,12 +22,18 @@ def test_python_blocks_run(index, tmp_path, monkeypatch, tiny_model, tokenizer, 
     # What a reader has on a GPU machine and this test has not: bfloat16, and a model of their own
     monkeypatch.setattr("trl_lol.offline.alol_config.ALoLConfig.__post_init__", _on_cpu(trl_lol.ALoLConfig))
     monkeypatch.chdir(tmp_path)
+    reward_model = LlamaForSequenceClassification(LlamaConfig(**tiny_model().config.to_dict() | {"num_labels": 1}))
+    reward_model.save_pretrained(tmp_path / "reward")
+    tokenizer.save_pretrained(tmp_path / "reward")
     block = BLOCKS[index].replace("path/or/id/of/a/model", str(tmp_path / "model"))
+    block = block.replace("path/or/id/of/a/reward/model", str(tmp_path / "reward"))
     namespace = {
         "ALoLTrainer": trl_lol.ALoLTrainer,
         "model": str(tmp_path / "model"),
         "args": cpu_args(trl_lol.ALoLConfig, tmp_path),
         "dataset": pairs,
+        "eval_dataset": pairs.select(range(8)),
+        "judge": toy.heldout_reward,
     }
     exec(compile(block, f"README block {index}", "exec"), namespace)
     assert isinstance(namespace["trainer"], trl_lol.ALoLTrainer)
@@ -43,4 +51,4 @@ def _on_cpu(config_class):
 
 
 def test_there_is_something_to_run():
-    assert len(BLOCKS) >= 2  # an edit that renames the fences would otherwise leave nothing to run
+    assert len(BLOCKS) >= 4  # an edit that renames the fences would otherwise leave nothing to run

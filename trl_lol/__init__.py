@@ -1,4 +1,4 @@
-"""Train language models on arbitrary scalar rewards: four published methods as Hugging Face TRL trainers."""
+"""Train language models on arbitrary scalar rewards: published methods as Hugging Face TRL trainers."""
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version

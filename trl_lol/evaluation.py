@@ -196,7 +196,7 @@ class GenerationEvalCallback(TrainerCallback):
     Example:
 
     ```python
-    >>> trainer.add_callback(GenerationEvalCallback(trainer, dataset, reward_funcs=RewardModel("...")))
+    >>> trainer.add_callback(GenerationEvalCallback(trainer, dataset, reward_funcs=judge))
     ```
     """
 

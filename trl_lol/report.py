@@ -99,7 +99,7 @@ class AdvantageReport:
     def __str__(self) -> str:
         lines = [
             f"{self.num_kept} of {self.num_completions} completions ({self.kept_fraction:.1%}) have a positive "
-            f"advantage. Drawn by it, they amount to {self.effective_sample_size:.0f} equally likely ones.",
+            f"advantage; the effective sample size under priority sampling is {self.effective_sample_size:.0f}.",
             "            " + "".join(f"{f'{q:.0%}':>9}" for q in QUANTILES),
         ]
         for name in ("rewards", "values", "advantages"):

@@ -177,8 +177,8 @@ class _OfflineRewardTrainer(DPOTrainer):
             if len(dataset) < num_rows:
                 logger.warning(
                     f"Dropped {num_rows - len(dataset)} of {num_rows} rows of the {dataset_name} dataset: the prompt "
-                    f"fills `max_length={args.max_length}`, or fewer than {self._min_completions} scored completions "
-                    "are left."
+                    f"fills `max_length={args.max_length}`, or there are fewer scored completions than the "
+                    f"{self._min_completions} that are needed."
                 )
             if len(dataset) == 0:
                 raise ValueError(
