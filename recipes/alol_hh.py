@@ -288,10 +288,10 @@ def ranking(
     group = torch.tensor([i for i, row in enumerate(tokenized) for _ in row["rewards"]])
     better = (rewards[:, None] > rewards) & (group[:, None] == group)
     right = better & (log_ratio[:, None] > log_ratio)
-    return {
-        "spearman": float(spearmanr(log_ratio, rewards).statistic),
-        "pair_accuracy": (right.sum() / better.sum()).item(),
-    }
+    result = {"spearman": float(spearmanr(log_ratio, rewards).statistic)}
+    if better.any():  # with one completion per prompt there is no pair
+        result["pair_accuracy"] = (right.sum() / better.sum()).item()
+    return result
 
 
 # ---- Results ----
@@ -369,8 +369,8 @@ def main() -> None:
             "attn_implementation": model_args.attn_implementation,
         }
         if "chosen" not in rows["train"].column_names:
-            print("The rows are not preferences: leaving out DPO.")
-            recipe.compare = [name for name in recipe.compare if not name.startswith("dpo")]
+            print("The rows are not preferences: there is no chosen completion for SFT and DPO to learn from.")
+            recipe.compare = []
     setup = Setup(recipe, args, model_args, model, tokenizer)
     if recipe.reference_sft_steps:
         announce("The reference policy: SFT on all completions")

@@ -45,3 +45,5 @@ def test_ranking_by_log_ratio(monkeypatch, tokenizer):
     result = alol_hh.ranking("policy", "reference", tokenizer, rows)
     assert result["pair_accuracy"] == pytest.approx(2 / 3)
     assert -1 <= result["spearman"] <= 1
+    singles = Dataset.from_dict({"prompt": list("abcdefgh"), "completion": ["x"] * 8, "reward": [0.0, 1.0] * 4})
+    assert result.keys() - alol_hh.ranking("policy", "reference", tokenizer, singles).keys() == {"pair_accuracy"}

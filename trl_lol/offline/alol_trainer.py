@@ -116,9 +116,10 @@ class ALoLTrainer(_OfflineRewardTrainer):
         metrics = {"importance_ratio/mean": ratio, "importance_ratio/clipped": ratio != importance_ratio(log_ratio)}
         if args.uses_advantages:
             metrics["advantages/mean"] = advantages
-            metrics["advantages/kept_fraction"] = (advantages > 0).float()
-        if args.filters_advantages and self.model.training:  # the batches hold what was kept
-            metrics["advantages/kept_fraction"] = advantages.new_tensor(self.advantage_report.kept_fraction)
+            kept = (advantages > 0).float()
+            if self.model.training:  # the batches hold what was kept, or everything
+                kept = kept.new_tensor(self.advantage_report.kept_fraction if args.filters_advantages else 1.0)
+            metrics["advantages/kept_fraction"] = kept
         return loss, metrics
 
     def _sampling_weights(self, dataset: Dataset) -> Tensor | None:

@@ -384,7 +384,7 @@ def _copy_as_reference(model: PreTrainedModel) -> PreTrainedModel:
             "`precompute_ref_log_probs=True`."
         )
     size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
-    logger.info(
+    logger.warning(
         f"Keeping a copy of the policy as the reference, {size:.2f} GiB. `precompute_ref_log_probs=True` or LoRA "
         "saves the memory."
     )
