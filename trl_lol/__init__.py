@@ -14,6 +14,8 @@ _MODULES = {
     "ALoLConfig": ".offline.alol_config",
     "ALoLTrainer": ".offline.alol_trainer",
     "AdvantageReport": ".report",
+    "CoPGConfig": ".offline.copg_config",
+    "CoPGTrainer": ".offline.copg_trainer",
     "ColumnReward": ".rewards",
     "GenerationEvalCallback": ".evaluation",
     "score_dataset": ".rewards",
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from .evaluation import GenerationEvalCallback
     from .offline.alol_config import ALoLConfig
     from .offline.alol_trainer import ALoLTrainer
+    from .offline.copg_config import CoPGConfig
+    from .offline.copg_trainer import CoPGTrainer
     from .report import AdvantageReport
     from .rewards import ColumnReward, score_dataset, sigmoid, weighted_sum
 

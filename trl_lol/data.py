@@ -235,6 +235,49 @@ def flatten_groups(batch: Mapping[str, list[Any]], keep_positive: bool = False) 
     }
 
 
+def group_by_prompt(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """
+    Join groups of one that share their prompt into one group, which takes the place of the first of them. It is the
+    counterpart of [`flatten_groups`], for methods that contrast completions.
+
+    Args:
+        batch (`Mapping[str, list]`):
+            Batch of tokenised rows. `completion_ids` and `rewards` are joined, `num_dropped` is summed; of the other
+            columns the first entry stays.
+
+    Returns:
+        `dict[str, list]`: The same columns. Rows with more completions than one stay as they are.
+    """
+    joined = {"completion_ids", "rewards", "num_dropped"} & batch.keys()
+    grouped: dict[str, list[Any]] = {name: [] for name in batch}
+    positions: dict[tuple[int, ...], int] = {}
+    for i, (prompt_ids, completions) in enumerate(zip(batch["prompt_ids"], batch["completion_ids"], strict=True)):
+        end = len(grouped["prompt_ids"])
+        position = positions.setdefault(tuple(prompt_ids), end) if len(completions) == 1 else end
+        for name, column in batch.items():
+            if position == end:
+                grouped[name].append(column[i])
+            elif name in joined:
+                grouped[name][position] = grouped[name][position] + column[i]
+    return grouped
+
+
+def group_mask(group_ids: Tensor) -> Tensor:
+    """
+    Layout of the groups of a batch as the rows of a matrix: `x.new_zeros(mask.shape).masked_scatter(mask, x)` puts one
+    value per completion into it.
+
+    Args:
+        group_ids (`torch.Tensor`):
+            Group of each completion, of shape `(batch,)`, as [`DataCollatorForGroups`] returns them.
+
+    Returns:
+        `torch.Tensor`: True for the members of each group, of shape `(num_groups, k)`, where the largest has `k`.
+    """
+    sizes = group_ids.bincount()
+    return torch.arange(int(sizes.max()), device=sizes.device) < sizes.unsqueeze(1)
+
+
 @dataclass
 class DataCollatorForGroups(DataCollatorMixin):
     """

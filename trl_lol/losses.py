@@ -113,3 +113,48 @@ def alol_loss(
     if loss_type == "alol_kl":
         loss = loss + beta * log_ratio.sum(dim=1)  # + β · h(y), on the data's own completions
     return loss
+
+
+def copg_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float, mask: Tensor | None = None) -> Tensor:
+    r"""
+    Contrastive Policy Gradient loss of each group of completions ([Flet-Berliac et al.,
+    2024](https://huggingface.co/papers/2406.19185); for more than two completions as in the report on Command A):
+    Σ_{i>j} (R_β,i − R_β,j)² / ((k−1) · 2β), where R_β = R − β · (ln π_θ(y|x) − ln π_ref(y|x)) and k is the size of the
+    group. π_ref and R carry no gradient.
+
+    This is the squared distance of Eq. 38 in the normalisation of Eq. 7-9, in which the step size does not depend on
+    β: the gradient is −Σ_i (R_β,i − mean_{j≠i} R_β,j) ∇ln π_θ(y_i|x), the leave-one-out policy gradient made valid for
+    completions that others wrote. The loss is smallest where R_β is the same for all completions, that is at
+    π_θ ∝ π_ref e^{R/β} (Theorem 1).
+
+    Args:
+        logps (`torch.Tensor`):
+            Log-probabilities of the completions under the policy, in nats, of shape `(num_groups, k)`: sums over
+            tokens. Means over tokens would have another optimum.
+        ref_logps (`torch.Tensor`):
+            Log-probabilities of the completions under the reference, same shape.
+        rewards (`torch.Tensor`):
+            Rewards of the completions, same shape.
+        beta (`float`):
+            KL coefficient β, in units of reward per nat. Must be positive.
+        mask (`torch.Tensor`, *optional*):
+            1 for the members of a group and 0 elsewhere, same shape, for groups of different sizes. If `None`, all
+            are members.
+
+    Returns:
+        `torch.Tensor`: One loss per group, of shape `(num_groups,)`, 0 for a group with less than two members.
+
+    Raises:
+        `ValueError`: If `beta` is not positive.
+    """
+    if not beta > 0:
+        raise ValueError(f"`beta={beta}` must be positive: without the KL term the loss has no finite optimum.")
+    mask = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask.bool()
+    log_ratio = logps - ref_logps.detach()  # h(y)
+    regularized = rewards.detach() - beta * log_ratio  # R_β(y) = R(y) − β h(y)
+    regularized = regularized.masked_fill(~mask, 0.0)
+    k = mask.sum(dim=1)
+    mean = regularized.sum(dim=1, keepdim=True) / k.clamp(min=1).unsqueeze(1)
+    # Σ_{i>j} (R_β,i − R_β,j)² = k Σ_i (R_β,i − mean R_β)², and only the members count
+    squares = (regularized - mean).masked_fill(~mask, 0.0).square().sum(dim=1)
+    return k * squares / ((k - 1).clamp(min=1) * 2 * beta)

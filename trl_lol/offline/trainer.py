@@ -28,7 +28,7 @@ from .._trl import (
     hash_module,
     use_adapter,
 )
-from ..data import DataCollatorForGroups, check_columns, tokenize_row
+from ..data import DataCollatorForGroups, check_columns, group_by_prompt, tokenize_row
 from ..generation import evaluating
 from ..rewards import RewardFunc, score_dataset
 from .base_config import _OfflineRewardConfig
@@ -162,6 +162,10 @@ class _OfflineRewardTrainer(DPOTrainer):
                 remove_columns=[name for name in columns if name != "subset"],
                 **progress("Tokenizing"),
             )
+            if is_map_style and self._min_completions > 1 and any(len(row) == 1 for row in dataset["rewards"]):
+                dataset = dataset.map(
+                    group_by_prompt, batched=True, batch_size=None, desc=f"Grouping {dataset_name} dataset by prompt"
+                )
             num_dropped = sum(dataset["num_dropped"]) if is_map_style else 0
             dataset = dataset.remove_columns("num_dropped")
             num_rows = len(dataset) if is_map_style else 0
