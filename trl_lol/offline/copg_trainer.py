@@ -1,6 +1,5 @@
 import textwrap
 
-import torch
 from torch import Tensor
 
 from ..data import group_mask
