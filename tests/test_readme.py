@@ -9,6 +9,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import trl_lol
 from trl_lol import toy
+from trl_lol.offline.base_config import _OfflineRewardConfig
+from trl_lol.offline.trainer import _OfflineRewardTrainer
 
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -20,7 +22,7 @@ def test_python_blocks_run(index, tmp_path, monkeypatch, tiny_model, tokenizer, 
     tiny_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     # What a reader has on a GPU machine and this test has not: bfloat16, and a model of their own
-    monkeypatch.setattr("trl_lol.offline.alol_config.ALoLConfig.__post_init__", _on_cpu(trl_lol.ALoLConfig))
+    monkeypatch.setattr(_OfflineRewardConfig, "__post_init__", _on_cpu(_OfflineRewardConfig.__post_init__))
     monkeypatch.chdir(tmp_path)
     reward_model = LlamaForSequenceClassification(LlamaConfig(**tiny_model().config.to_dict() | {"num_labels": 1}))
     reward_model.save_pretrained(tmp_path / "reward")
@@ -36,13 +38,11 @@ def test_python_blocks_run(index, tmp_path, monkeypatch, tiny_model, tokenizer, 
         "judge": toy.heldout_reward,
     }
     exec(compile(block, f"README block {index}", "exec"), namespace)
-    assert isinstance(namespace["trainer"], trl_lol.ALoLTrainer)
+    assert isinstance(namespace["trainer"], _OfflineRewardTrainer)
     assert len(namespace["trainer"].train_dataset) > 0
 
 
-def _on_cpu(config_class):
-    original = config_class.__post_init__
-
+def _on_cpu(original):
     def __post_init__(self):
         self.use_cpu, self.bf16, self.report_to = True, False, "none"
         original(self)

@@ -18,6 +18,7 @@ _MODULES = {
     "CoPGTrainer": ".offline.copg_trainer",
     "ColumnReward": ".rewards",
     "GenerationEvalCallback": ".evaluation",
+    "sample_completions": ".generation",
     "score_dataset": ".rewards",
     "sequence_advantages": ".advantages",
     "sigmoid": ".rewards",
@@ -28,6 +29,7 @@ __all__ = ["__version__", *_MODULES]
 if TYPE_CHECKING:
     from .advantages import sequence_advantages
     from .evaluation import GenerationEvalCallback
+    from .generation import sample_completions
     from .offline.alol_config import ALoLConfig
     from .offline.alol_trainer import ALoLTrainer
     from .offline.copg_config import CoPGConfig

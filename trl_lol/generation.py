@@ -2,16 +2,21 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import tqdm
+from accelerate import PartialState
+from accelerate.utils import gather_object, tqdm
+from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from ._trl import pad, tokenize
-from .data import Messages
+from ._cache import cached
+from ._trl import hash_module, pad, tokenize
+from .data import PREFERENCE_REWARDS, Messages
 
 
 @contextmanager
@@ -75,18 +80,147 @@ def generate_completions(
     Raises:
         `ValueError`: If a prompt has no tokens.
     """
-    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
-    prompt_ids = [
+    prompt_ids = _encode(processing_class, prompts)
+    completion_ids = _generate(
+        model, processing_class, prompt_ids, max_new_tokens, temperature, batch_size, seed, **generation_kwargs
+    )
+    return _decode(model, processing_class, prompts, completion_ids), prompt_ids, completion_ids
+
+
+def sample_completions(
+    dataset: Dataset,
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    num_completions: int,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    batch_size: int = 16,
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+    **generation_kwargs: Any,
+) -> Dataset:
+    """
+    Sample several completions of every prompt of a dataset, for [`score_dataset`] to score and [`CoPGTrainer`] to
+    train on.
+
+    In a distributed run every rank samples for its share of the prompts, and all ranks get all completions. Neither
+    the model nor the random state that training draws from is changed.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows with a `prompt`, as text or as messages.
+        model ([`~transformers.PreTrainedModel`]):
+            Policy to sample from, not wrapped for distributed training. Each rank holds all of it.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer or processor.
+        num_completions (`int`):
+            Number of completions per prompt.
+        max_new_tokens (`int`):
+            Maximum length of a completion, in tokens. One that is cut off there is trained on as if it ended there.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature. At `1.0` the completions are the model's own.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Number of completions per batch on each rank.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the sampling; the rank is added to it.
+        cache_dir (`str` or `Path`, *optional*):
+            Folder to keep the completions in. They are found again as long as the prompts, the weights and the
+            sampling stay the same, the batch size aside. If `None`, nothing is kept.
+        **generation_kwargs:
+            Further fields of [`~transformers.GenerationConfig`], such as `top_p`.
+
+    Returns:
+        [`~datasets.Dataset`]: The same rows with the column `completions` (one list per row), in place of earlier
+        completions and their rewards.
+
+    Raises:
+        `ValueError`: If there is no `prompt` column, if a prompt has no tokens, if `num_completions` is less than 1,
+            or if the rows have `tools` or `chat_template_kwargs`, which are not passed on to the chat template.
+
+    Example:
+
+    ```python
+    dataset = sample_completions(dataset, model, tokenizer, 4, max_new_tokens=256, cache_dir="samples")
+    dataset = score_dataset(dataset, reward_func)
+    ```
+    """
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"The dataset's columns are {', '.join(dataset.column_names)}. Sampling needs a `prompt`: rename the "
+            "column that holds it."
+        )
+    if unused := {"tools", "chat_template_kwargs"} & set(dataset.column_names):
+        raise ValueError(
+            f"The dataset has {' and '.join(sorted(unused))}, and sampling leaves them out of the prompts while "
+            "training does not. Drop these columns, or sample with a tool of your own."
+        )
+    if num_completions < 1:
+        raise ValueError(f"`num_completions={num_completions}` must be at least 1.")
+    prompts = list(dataset.with_format(None)["prompt"])
+    prompt_ids = _encode(processing_class, prompts)
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, **generation_kwargs}
+
+    def compute() -> dict[str, Tensor]:
+        state = PartialState()
+        with state.split_between_processes([ids for ids in prompt_ids for _ in range(num_completions)]) as mine:
+            completion_ids = _generate(
+                model, processing_class, mine, batch_size=batch_size, seed=seed + state.process_index, **sampling
+            )
+        completion_ids = gather_object(completion_ids)
+        return {
+            "ids": torch.tensor(list(chain.from_iterable(completion_ids)), dtype=torch.int64),
+            "lengths": torch.tensor([len(ids) for ids in completion_ids], dtype=torch.int64),
+        }
+
+    # The tokens are kept: what they say is up to the tokenizer
+    weights = None if cache_dir is None else hash_module(model)
+    key = (prompt_ids, weights, _eos_ids(model, processing_class), num_completions, sampling, seed)
+    tensors = cached(cache_dir, "completions", key, compute)
+    completion_ids = [ids.tolist() for ids in tensors["ids"].split(tensors["lengths"].tolist())]
+    repeated = [prompt for prompt in prompts for _ in range(num_completions)]
+    completions = _decode(model, processing_class, repeated, completion_ids)
+    groups = [completions[start : start + num_completions] for start in range(0, len(completions), num_completions)]
+    earlier = {"completion", "completions", "chosen", "rejected", "reward", "rewards", *chain(*PREFERENCE_REWARDS)}
+    dataset = dataset.remove_columns([name for name in dataset.column_names if name in earlier])
+    return dataset.add_column("completions", groups)
+
+
+def _tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+
+def _eos_ids(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion: the tokenizer's, and what the model's generation config declares."""
+    declared = model.generation_config.eos_token_id
+    declared = declared if isinstance(declared, list) else [declared]
+    return sorted({_tokenizer(processing_class).eos_token_id, *declared} - {None})
+
+
+def _encode(processing_class: PreTrainedTokenizerBase, prompts: Sequence[str | Messages]) -> list[list[int]]:
+    encoded = [
         tokenize(processing_class, prompt, **({} if isinstance(prompt, str) else {"add_generation_prompt": True}))
         for prompt in prompts
     ]
-    prompt_ids = [list(encoded["input_ids"]) for encoded in prompt_ids]
+    prompt_ids = [list(prompt["input_ids"]) for prompt in encoded]
     if not all(prompt_ids):
         raise ValueError(f"Prompt {prompt_ids.index([])} has no tokens, so there is nothing to continue. Drop it.")
+    return prompt_ids
 
-    declared = model.generation_config.eos_token_id
-    eos_ids = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
-    pad_id = next((i for i in (tokenizer.pad_token_id, *sorted(eos_ids)) if i is not None), 0)
+
+def _generate(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    prompt_ids: list[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+    seed: int,
+    **generation_kwargs: Any,
+) -> list[list[int]]:
+    """Token IDs of the completions, up to and with the first EOS token."""
+    eos_ids = _eos_ids(model, processing_class)
+    pad_id = next((i for i in (_tokenizer(processing_class).pad_token_id, *eos_ids) if i is not None), 0)
     # What is not set here would be taken from the model's own generation config
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     config = {
@@ -95,12 +229,12 @@ def generate_completions(
         "use_cache": True,
         "disable_compile": True,
         "max_new_tokens": max_new_tokens,
-        "eos_token_id": sorted(eos_ids) or None,
+        "eos_token_id": eos_ids or None,
         "pad_token_id": pad_id,
         **generation_kwargs,
     }
 
-    completion_ids: list[list[int]] = [[]] * len(prompts)
+    completion_ids: list[list[int]] = [[]] * len(prompt_ids)
     with evaluating(model), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         for batch in _batches([len(ids) for ids in prompt_ids], batch_size, "Generating"):
@@ -113,14 +247,23 @@ def generate_completions(
             for i, ids in zip(batch, output[:, inputs.size(1) :].tolist(), strict=True):
                 end = next((position + 1 for position, token in enumerate(ids) if token in eos_ids), len(ids))
                 completion_ids[i] = ids[:end]
+    return completion_ids
 
+
+def _decode(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Messages],
+    completion_ids: list[list[int]],
+) -> list[str] | list[Messages]:
+    """Text for a text, a list with one assistant message for messages."""
+    eos_ids = _eos_ids(model, processing_class)
     contents = [ids[:-1] if ids and ids[-1] in eos_ids else ids for ids in completion_ids]
-    texts = tokenizer.batch_decode(contents, skip_special_tokens=True)
-    completions = [
+    texts = _tokenizer(processing_class).batch_decode(contents, skip_special_tokens=True)
+    return [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(prompts, texts, strict=True)
     ]
-    return completions, prompt_ids, completion_ids
 
 
 def completion_logps(

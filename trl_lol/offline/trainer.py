@@ -127,6 +127,12 @@ class _OfflineRewardTrainer(DPOTrainer):
             return dataset
         check_columns(columns)
         is_map_style = isinstance(dataset, Dataset)
+        if not is_map_style and self._min_completions > 1 and not {"completions", "chosen"} & set(columns):
+            raise ValueError(
+                f"The {dataset_name} dataset is an `IterableDataset` with one completion per row, and completions of "
+                "one prompt can only be brought together when the whole dataset is there. Pass a `Dataset`, or rows "
+                "with `completions` and `rewards`."
+            )
         dataset = dataset.with_format(None)  # rows as plain Python, not as tensors or arrays
 
         if self.reward_funcs is not None:
