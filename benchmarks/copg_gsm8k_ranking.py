@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from peft import LoraConfig
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, DPOTrainer
 
 from trl_lol import ALoLConfig, ALoLTrainer, CoPGConfig, CoPGTrainer
@@ -35,12 +35,18 @@ METHODS: dict[str, tuple[type, type, dict[str, Any]]] = {
 }
 
 
-def load_rows(path: str, num_train: int) -> DatasetDict:
-    """The first training questions, and the test questions that have right and wrong solutions."""
-    rows = load_dataset(path)
-    rows["train"] = rows["train"].take(num_train)
+def load_rows(path: str, num_train: int, max_length: int, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
+    """The first training questions that fit, and the test questions that have right and wrong solutions."""
+
+    def fits(row: dict[str, Any]) -> bool:
+        texts = [row["prompt"] + completion for completion in row["completions"]]
+        return max(map(len, tokenizer(texts)["input_ids"])) < max_length
+
+    rows = load_dataset(path).map(lambda row: {"prompt": row["prompt"] + "\n"})
+    rows = rows.select_columns(["prompt", "completions", "rewards"])
+    rows["train"] = rows["train"].filter(fits).take(num_train)
     rows["test"] = rows["test"].filter(lambda row: len(set(row["rewards"])) > 1)
-    return rows.map(lambda row: {"prompt": row["prompt"] + "\n"}).select_columns(["prompt", "completions", "rewards"])
+    return rows
 
 
 def best_against_worst(rows: Dataset) -> Dataset:
@@ -72,6 +78,9 @@ def main() -> None:
     parser.add_argument("--work_dir", default="runs/copg_gsm8k")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--num_train", type=int, default=200)
+    parser.add_argument(
+        "--max_length", type=int, default=192, help="training questions with longer solutions are left out"
+    )
     parser.add_argument("--max_steps", type=int, default=50)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
@@ -79,7 +88,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    rows = load_rows(args.dataset, args.num_train)
+    rows = load_rows(args.dataset, args.num_train, args.max_length, tokenizer)
     pairs = best_against_worst(rows["train"])
     test = [tokenize_row(row, i, tokenizer, tokenizer.eos_token) for i, row in enumerate(rows["test"])]
     sequences = (
@@ -105,15 +114,15 @@ def main() -> None:
                 seed=args.seed,
                 max_steps=args.max_steps,
                 # 4 questions a step; few at a time, so that there is little padding
-                per_device_train_batch_size={CoPGTrainer: 1, DPOTrainer: 2, ALoLTrainer: 4}[trainer_class],
-                gradient_accumulation_steps=2 if is_paired else 4,
+                per_device_train_batch_size={CoPGTrainer: 2, DPOTrainer: 4, ALoLTrainer: 8}[trainer_class],
+                gradient_accumulation_steps=1 if is_paired else 2,
                 per_device_eval_batch_size=8,
                 precompute_ref_log_probs=True,
                 precompute_ref_batch_size=2,
                 gradient_checkpointing=False,
                 lr_scheduler_type="cosine",
                 warmup_steps=5,
-                max_length=384,
+                max_length=args.max_length,
                 logging_steps=1,
                 save_strategy="no",
                 report_to="none",

@@ -157,4 +157,4 @@ def copg_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float,
     mean = regularized.sum(dim=1, keepdim=True) / k.clamp(min=1).unsqueeze(1)
     # Σ_{i>j} (R_β,i − R_β,j)² = k Σ_i (R_β,i − mean R_β)², and only the members count
     squares = (regularized - mean).masked_fill(~mask, 0.0).square().sum(dim=1)
-    return k * squares / ((k - 1).clamp(min=1) * 2 * beta)
+    return k * squares / (k - 1).clamp(min=1) / (2 * beta)
