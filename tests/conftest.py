@@ -1,5 +1,6 @@
 """Fixtures that every test file shares. Nothing here needs a network, a hub or an accelerator."""
 
+import gc
 import os
 
 
@@ -14,7 +15,16 @@ import datasets
 import pytest
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from trl_lol import score_dataset, toy
 
@@ -23,6 +33,13 @@ torch.set_num_threads(1)
 datasets.disable_progress_bars()
 
 Config = TypeVar("Config", bound=TrainingArguments)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _freeze_imports() -> None:
+    """Every `train()` collects garbage, and would walk all that was imported: half the time of the trainers' tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -101,3 +118,39 @@ def cpu_args(config_class: type[Config], output_dir: str | Path, **overrides: An
         "per_device_eval_batch_size": 8,
     }
     return config_class(str(output_dir), **(fields | overrides))
+
+
+# Adam divides by the size of the gradient, and so makes much of rounding errors where there is little gradient
+SGD = {"optim": "sgd", "learning_rate": 0.1}
+
+
+def logged(trainer: Trainer, name: str) -> list[float]:
+    """Every value of a metric that was logged, in order."""
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    """A copy of the weights that are trained."""
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Largest difference of two models' trained weights."""
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def run(trainer: Trainer, **kwargs: Any) -> tuple[list[float], dict[str, Tensor]]:
+    """Train, and return the losses and the weights."""
+    trainer.train(**kwargs)
+    return logged(trainer, "loss"), weights(trainer)
+
+
+class StopAt(TrainerCallback):
+    """Ends the run as a kill would, right after the checkpoint of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        control.should_training_stop = state.global_step >= self.step

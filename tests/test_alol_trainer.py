@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
-from conftest import cpu_args
+from conftest import SGD, StopAt, cpu_args, distance, logged, run, weights
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_lol import ALoLConfig, ALoLTrainer, toy
 from trl_lol.advantages import sequence_advantages
@@ -36,25 +36,6 @@ def build(tmp_path, tokenizer, tiny_model, scored_pairs):
         )
 
     return build
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-
-
-def distance(a, b):
-    """Largest difference of two models' trained weights."""
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
-
-
-def run(trainer, **kwargs):
-    trainer.train(**kwargs)
-    return logged(trainer, "loss"), weights(trainer)
 
 
 # ---- The loss that is trained on ----
@@ -108,9 +89,6 @@ def test_advantage_weighting_off_leaves_the_weight_to_the_sampling(build):
 
 # ---- Equalities ----
 
-# Adam divides by the size of the gradient, and so makes much of rounding errors where there is little gradient
-SGD = {"optim": "sgd", "learning_rate": 0.1}
-
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
 def test_cached_reference_equals_live_reference(build, tmp_path, short_pairs, peft_config):
@@ -162,16 +140,6 @@ def test_same_seed_gives_the_same_run_and_checkpointing_changes_nothing(build, t
     other_seed = run(build(output_dir=tmp_path / "d", peft_config=peft_config, seed=1))
     assert first[0] == again[0] == checkpointed[0] and first[0] != other_seed[0]
     assert distance(first[1], again[1]) == 0 and distance(first[1], checkpointed[1]) == 0
-
-
-class StopAt(TrainerCallback):
-    """Ends the run as a kill would, right after the checkpoint of a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_save(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
 
 
 @pytest.mark.parametrize("sampling", ["priority", "uniform"])

@@ -14,7 +14,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from trl_lol import ALoLConfig, ALoLTrainer
-from trl_lol.data import DataCollatorForGroups, Group, as_group, check_columns, flatten_groups, tokenize_row
+from trl_lol.data import (
+    DataCollatorForGroups,
+    Group,
+    as_group,
+    check_columns,
+    flatten_groups,
+    group_by_prompt,
+    group_mask,
+    tokenize_row,
+)
 
 
 # A tokenizer of whole words, so that the expected ids can be read off: "a b" is [4, 5], and </s> is 1
@@ -269,6 +278,79 @@ def test_flatten_groups_keeps_positive_advantages():
 def test_flatten_groups_without_advantages():
     batch = {name: column for name, column in BATCH.items() if name != "advantages"}
     assert flatten_groups(batch) == {k: v for k, v in flatten_groups(BATCH).items() if k != "advantages"}
+
+
+SINGLES = {
+    "prompt_ids": [[1], [2, 2], [1], [1, 1], [2, 2], [1]],
+    "completion_ids": [[[10]], [[11, 12]], [[13]], [[14]], [[10]], [[10]]],
+    "rewards": [[0.1], [0.2], [0.3], [0.4], [0.5], [0.6]],
+    "num_dropped": [0, 1, 2, 0, 0, 4],
+    "subset": ["x", "y", "z", "x", "y", "z"],
+}
+
+
+def test_group_by_prompt():
+    """Of the six, the first, the third and the last have one prompt, and the second and the fifth another. A
+    completion that comes twice is kept twice. What was dropped is added up: 0 + 2 + 4 and 1 + 0."""
+    grouped = group_by_prompt(SINGLES)
+    assert grouped == {
+        "prompt_ids": [[1], [2, 2], [1, 1]],
+        "completion_ids": [[[10], [13], [10]], [[11, 12], [10]], [[14]]],
+        "rewards": [[0.1, 0.3, 0.6], [0.2, 0.5], [0.4]],
+        "num_dropped": [6, 1, 0],
+        "subset": ["x", "y", "x"],
+    }
+    assert group_by_prompt(grouped) == grouped
+
+
+def test_group_by_prompt_leaves_its_input_alone():
+    batch = copy.deepcopy(SINGLES)
+    group_by_prompt(batch)
+    assert batch == SINGLES
+
+
+def test_group_by_prompt_joins_groups_of_one_only():
+    """A group of two keeps to itself, before the groups of one that share its prompt and after them, and so does a
+    row without completions."""
+    batch = {
+        "prompt_ids": [[1]] * 6,
+        "completion_ids": [[[10], [11]], [[12]], [], [[13]], [[14], [15]], [[16]]],
+        "rewards": [[0.0, 0.1], [0.2], [], [0.3], [0.4, 0.5], [0.6]],
+    }
+    assert group_by_prompt(batch) == {
+        "prompt_ids": [[1]] * 4,
+        "completion_ids": [[[10], [11]], [[12], [13], [16]], [], [[14], [15]]],
+        "rewards": [[0.0, 0.1], [0.2, 0.3, 0.6], [], [0.4, 0.5]],
+    }
+
+
+def test_group_by_prompt_undoes_flatten_groups():
+    batch = {"prompt_ids": [[1], [2, 2], [3]], "completion_ids": [[[1], [2]], [[3]], [[4], [5], [6]]]}
+    batch["rewards"] = [[0.1, 0.2], [0.3], [0.4, 0.5, 0.6]]
+    assert len(flatten_groups(batch)["rewards"]) == 6
+    assert group_by_prompt(flatten_groups(batch)) == batch
+
+
+def test_group_mask():
+    """Groups of 2, 1 and 3: three rows, as wide as the largest, into which a value per completion falls in order."""
+    mask = group_mask(torch.tensor([0, 0, 1, 2, 2, 2]))
+    assert mask.dtype == torch.bool
+    assert mask.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], requires_grad=True)
+    matrix = x.new_zeros(mask.shape).masked_scatter(mask, x)
+    assert matrix.tolist() == [[1, 2, 0], [3, 0, 0], [4, 5, 6]]
+    (matrix * torch.arange(9.0).view(3, 3)).sum().backward()
+    assert x.grad.tolist() == [0, 1, 3, 6, 7, 8]  # and gradients find back
+
+
+@pytest.mark.parametrize("sizes", [[1], [4], [2, 2, 2], [4, 1, 3, 2]])
+def test_group_mask_of_what_the_collator_makes(sizes):
+    examples = [{"prompt_ids": [5], "completion_ids": [[7]] * k, "rewards": [float(k)] * k} for k in sizes]
+    batch = DataCollatorForGroups(pad_token_id=0)(examples)
+    mask = group_mask(batch["group_ids"])
+    assert mask.shape == (len(sizes), max(sizes)) and mask.sum(1).tolist() == sizes
+    matrix = torch.zeros(mask.shape).masked_scatter(mask, batch["rewards"])
+    assert torch.equal(matrix, mask * torch.tensor(sizes).unsqueeze(1))
 
 
 EXAMPLES = [

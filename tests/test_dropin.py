@@ -1,4 +1,4 @@
-"""A script written for DPOTrainer runs, and with nothing but the class names changed it runs A-LoL."""
+"""A script written for DPOTrainer runs, and with nothing but the class names changed it runs A-LoL or CoPG."""
 
 import json
 import math
@@ -11,12 +11,12 @@ import datasets
 import pytest
 import torch
 from conftest import cpu_args
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser
 
-from trl_lol import ALoLConfig, ALoLTrainer
+from trl_lol import ALoLConfig, ALoLTrainer, CoPGConfig, CoPGTrainer
 from trl_lol.losses import ALOL_LOSS_TYPES
 
 
@@ -50,12 +50,15 @@ trainer.accelerator.print("Training completed.")
 trainer.save_model(training_args.output_dir)
 trainer.end()
 """
-ALOL_SCRIPT = (
-    DPO_SCRIPT.replace("from trl import DPOConfig, DPOTrainer", "from trl_lol import ALoLConfig, ALoLTrainer")
-    .replace("DPOConfig", "ALoLConfig")
-    .replace("DPOTrainer", "ALoLTrainer")
-)
-SCRIPTS = {"dpo": DPO_SCRIPT, "alol": ALOL_SCRIPT}
+
+
+def swapped(name: str) -> str:
+    """The script with another method's class names."""
+    script = DPO_SCRIPT.replace("from trl import DPOConfig, DPOTrainer", "from trl_lol import DPOConfig, DPOTrainer")
+    return script.replace("DPOConfig", f"{name}Config").replace("DPOTrainer", f"{name}Trainer")
+
+
+SCRIPTS = {"DPO": DPO_SCRIPT, "ALoL": swapped("ALoL"), "CoPG": swapped("CoPG")}
 
 FLAGS = [
     "--learning_rate", "5.0e-4", "--num_train_epochs", "1", "--per_device_train_batch_size", "2", "--max_steps", "2",
@@ -142,6 +145,10 @@ def check_logs(trainer: DPOTrainer, steps: int = 2, evaluations: int = 2) -> Non
         assert all(math.isfinite(value) for value in log.values()), log
 
 
+def num_completions(dataset: Dataset) -> int:
+    return sum(map(len, dataset["completion_ids"]))
+
+
 def loaded(trainer: DPOTrainer, auto_class: type = AutoModelForCausalLM) -> PreTrainedModel | PeftModel:
     """Load what was saved, as its users do, and check that it is what the trainer holds."""
     model = auto_class.from_pretrained(trainer.args.output_dir)
@@ -155,25 +162,28 @@ def loaded(trainer: DPOTrainer, auto_class: type = AutoModelForCausalLM) -> PreT
 # ---- The script ----
 
 
-def test_the_scripts_differ_in_the_class_names_only():
+@pytest.mark.parametrize("name", ["ALoL", "CoPG"])
+def test_the_scripts_differ_in_the_class_names_only(name):
     changed = [
-        (old, new) for old, new in zip(DPO_SCRIPT.splitlines(), ALOL_SCRIPT.splitlines(), strict=True) if old != new
+        (old, new) for old, new in zip(DPO_SCRIPT.splitlines(), SCRIPTS[name].splitlines(), strict=True) if old != new
     ]
-    assert len(changed) == 3 and "DPO" not in ALOL_SCRIPT
+    assert len(changed) == 3 and "DPO" not in SCRIPTS[name]
     for old, new in changed:
-        assert old.replace("DPO", "ALoL").replace("trl ", "trl_lol ") == new
+        assert old.replace("DPO", name).replace("trl ", "trl_lol ") == new
 
 
 @pytest.mark.parametrize("kind", DATA)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_script(run_script, data_dirs, model_dir, script, kind):
     trainer = run_script(SCRIPTS[script], data_dirs[kind])
-    assert type(trainer).__name__ == {"dpo": "DPOTrainer", "alol": "ALoLTrainer"}[script]
+    assert type(trainer).__name__ == f"{script}Trainer"
     check_logs(trainer)
     model = loaded(trainer)
     before = AutoModelForCausalLM.from_pretrained(model_dir)
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
-    if script == "alol":  # 12 preferences without scores: 24 completions with rewards 1 and 0
+    if script == "CoPG":
+        assert trainer.train_dataset["rewards"][:] == [[1.0, 0.0]] * 12 and len(trainer.eval_dataset) == 4
+    if script == "ALoL":  # 12 preferences without scores: 24 completions with rewards 1 and 0
         assert trainer.advantage_report.num_completions == 24 and trainer.advantage_report.rewards[0] == 0.0
         assert len(trainer.train_dataset) == trainer.advantage_report.num_kept < 24
         assert len(trainer.eval_dataset) == 8
@@ -189,7 +199,14 @@ def test_script_with_lora(run_script, data_dirs, script):
     assert trained and all(p.abs().max() > 0 for p in trained)  # they start at zero
 
 
-def test_arguments_of_a_dpo_script_are_parsed_alike():
+@pytest.mark.parametrize(
+    ("config_class", "added"),
+    [
+        (ALoLConfig, {"--epsilon", "--baseline", "--value_range", "--reward_weights"}),
+        (CoPGConfig, {"--reward_weights"}),
+    ],
+)
+def test_arguments_of_a_dpo_script_are_parsed_alike(config_class, added):
     """Every flag of a DPO script is one of ours, and takes the same values."""
 
     def flags(config_class: type) -> dict[str, tuple]:
@@ -200,28 +217,38 @@ def test_arguments_of_a_dpo_script_are_parsed_alike():
             for option in action.option_strings
         }
 
-    theirs, ours = flags(DPOConfig), flags(ALoLConfig)
+    theirs, ours = flags(DPOConfig), flags(config_class)
     assert theirs.items() <= ours.items() and len(theirs) > 200
-    assert {"--epsilon", "--baseline", "--value_range", "--reward_weights"} <= ours.keys() - theirs.keys()
+    assert added <= ours.keys() - theirs.keys()
 
 
-def test_script_with_a_dpo_loss(run_script, data_dirs):
+@pytest.mark.parametrize(("script", "accepted"), [("ALoL", "'alol'"), ("CoPG", "'copg'")])
+def test_script_with_a_dpo_loss(run_script, data_dirs, script, accepted):
     """The flag is in many scripts, at its default. It is refused with what is accepted, before anything is loaded."""
-    with pytest.raises(ValueError, match=r"`loss_type` has \['sigmoid'\].*'alol'"):
-        run_script(ALOL_SCRIPT, data_dirs["standard"], "--loss_type", "sigmoid", "--beta", "0.1")
+    with pytest.raises(ValueError, match=rf"`loss_type.*\['sigmoid'\].*accepts .*{accepted}"):
+        run_script(SCRIPTS[script], data_dirs["standard"], "--loss_type", "sigmoid", "--beta", "0.1")
 
 
 # ---- The constructor ----
 
 
+@pytest.fixture(params=[ALoLTrainer, CoPGTrainer])
+def trainer_class(request) -> type[DPOTrainer]:
+    return request.param
+
+
+only_alol = pytest.mark.parametrize("trainer_class", [ALoLTrainer], indirect=True)
+
+
 @pytest.fixture
-def train(tmp_path, tokenizer, scored_pairs) -> Callable[..., ALoLTrainer]:
+def train(trainer_class, tmp_path, tokenizer, scored_pairs) -> Callable[..., DPOTrainer]:
     """Builds a trainer, trains 2 steps, evaluates and saves."""
 
-    def run(model: Any, overrides: dict[str, Any] | None = None, **kwargs: Any) -> ALoLTrainer:
-        args = cpu_args(ALoLConfig, tmp_path / "out", max_steps=2, learning_rate=1e-3, **(overrides or {}))
+    def run(model: Any, overrides: dict[str, Any] | None = None, **kwargs: Any) -> DPOTrainer:
+        settings = {"max_steps": 2, "learning_rate": 1e-3, **(overrides or {})}
+        args = cpu_args(trainer_class._config_class, tmp_path / "out", **settings)
         kwargs = {"train_dataset": scored_pairs.take(12), "eval_dataset": scored_pairs.skip(116), **kwargs}
-        trainer = ALoLTrainer(model, args=args, processing_class=tokenizer, **kwargs)
+        trainer = trainer_class(model, args=args, processing_class=tokenizer, **kwargs)
         trainer.train()
         trainer.evaluate()
         trainer.save_model()
@@ -230,7 +257,7 @@ def train(tmp_path, tokenizer, scored_pairs) -> Callable[..., ALoLTrainer]:
     return run
 
 
-def first_log_ratio(trainer: ALoLTrainer) -> float:
+def first_log_ratio(trainer: DPOTrainer) -> float:
     """Of the first step: zero where the policy has started at the reference."""
     return trainer.state.log_history[0]["logratio/mean"]
 
@@ -243,9 +270,10 @@ def test_model_instance(train, tiny_model):
     assert trainer.state.log_history[1]["logratio/mean"] != 0.0  # control: the reference stays where it was
 
 
-def test_model_path_and_its_tokenizer(train, model_dir, tokenizer, tmp_path, scored_pairs):
-    args = cpu_args(ALoLConfig, tmp_path / "out", max_steps=2, model_init_kwargs={"dtype": "float32"})
-    trainer = ALoLTrainer(model_dir, args=args, train_dataset=scored_pairs.take(8))
+def test_model_path_and_its_tokenizer(trainer_class, model_dir, tokenizer, tmp_path, scored_pairs):
+    settings = {"max_steps": 2, "model_init_kwargs": {"dtype": "float32"}}
+    args = cpu_args(trainer_class._config_class, tmp_path / "out", **settings)
+    trainer = trainer_class(model_dir, args=args, train_dataset=scored_pairs.take(8))
     assert trainer.processing_class.get_vocab() == tokenizer.get_vocab()
     trainer.train()
     trainer.save_model()
@@ -254,11 +282,12 @@ def test_model_path_and_its_tokenizer(train, model_dir, tokenizer, tmp_path, sco
     assert first_log_ratio(trainer) == 0.0
 
 
-def test_positional_arguments(tiny_model, tokenizer, scored_pairs, tmp_path):
+def test_positional_arguments(trainer_class, tiny_model, tokenizer, scored_pairs, tmp_path):
     """In DPOTrainer's order: model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class."""
-    args = cpu_args(ALoLConfig, tmp_path)
-    trainer = ALoLTrainer(tiny_model(), None, args, None, scored_pairs.take(8), scored_pairs.skip(116), tokenizer)
-    assert trainer.args is args and trainer.processing_class is tokenizer and len(trainer.eval_dataset) == 8
+    args = cpu_args(trainer_class._config_class, tmp_path)
+    trainer = trainer_class(tiny_model(), None, args, None, scored_pairs.take(8), scored_pairs.skip(116), tokenizer)
+    assert trainer.args is args and trainer.processing_class is tokenizer
+    assert num_completions(trainer.eval_dataset) == 8
 
 
 def test_eval_datasets(train, tiny_model, scored_pairs):
@@ -267,13 +296,14 @@ def test_eval_datasets(train, tiny_model, scored_pairs):
     logs = {name: value for log in trainer.state.log_history for name, value in log.items()}
     assert all(math.isfinite(value) for value in logs.values())
     assert logs["eval_one_loss"] != logs["eval_two_loss"]
-    assert {name: len(rows) for name, rows in trainer.eval_dataset.items()} == {"one": 4, "two": 8}
+    assert {name: num_completions(rows) for name, rows in trainer.eval_dataset.items()} == {"one": 4, "two": 8}
     later = trainer.evaluate(scored_pairs.skip(118))
     assert later["eval_loss"] == pytest.approx(logs["eval_one_loss"])
     later = trainer.evaluate({"new": scored_pairs.skip(116)})
     assert later["eval_new_loss"] == pytest.approx(logs["eval_two_loss"])
 
 
+@only_alol
 def test_iterable_datasets(train, tiny_model, scored_pairs, caplog):
     """A stream is read in its own order, which is said, and the reference answers live."""
     trainer = train(
@@ -293,6 +323,7 @@ def test_iterable_datasets(train, tiny_model, scored_pairs, caplog):
     assert "completions are not drawn by advantage" not in caplog.text
 
 
+@only_alol
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -349,14 +380,14 @@ def test_peft_model(train, model_dir):
     assert trainer.state.log_history[1]["logratio/mean"] != 0.0
 
 
-def test_no_arguments(model_dir, scored_pairs, tmp_path, monkeypatch):
+def test_no_arguments(trainer_class, model_dir, scored_pairs, tmp_path, monkeypatch):
     """
     `args=None` builds the trainer's own config, in a folder named after the model. On a CPU the default of half
     precision is refused, by DPOTrainer alike, so that the class is replaced by one with other defaults.
     """
 
     @dataclass
-    class OnCPU(ALoLConfig):
+    class OnCPU(trainer_class._config_class):
         use_cpu: bool = True
         bf16: bool = False
         max_steps: int = 1
@@ -366,44 +397,50 @@ def test_no_arguments(model_dir, scored_pairs, tmp_path, monkeypatch):
         disable_tqdm: bool = True
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ALoLTrainer, "_config_class", OnCPU)
-    trainer = ALoLTrainer(model_dir, train_dataset=scored_pairs.take(8))
-    assert type(trainer.args) is OnCPU and trainer.args.output_dir == "tiny-llama-A-LoL"
+    config_class = trainer_class._config_class
+    monkeypatch.setattr(trainer_class, "_config_class", OnCPU)
+    trainer = trainer_class(model_dir, train_dataset=scored_pairs.take(8))
+    assert type(trainer.args) is OnCPU and trainer.args.output_dir == f"tiny-llama-{trainer_class._name}"
     trainer.train()
     check_logs(trainer, steps=1, evaluations=0)
     monkeypatch.undo()
-    assert ALoLTrainer._config_class is ALoLConfig
+    assert trainer_class._config_class is config_class
 
 
 # ---- What is refused ----
 
 
-def test_a_dpo_config_is_refused(tiny_model, tokenizer, scored_pairs, tmp_path):
+def test_a_dpo_config_is_refused(trainer_class, tiny_model, tokenizer, scored_pairs, tmp_path):
     args = cpu_args(DPOConfig, tmp_path)
-    with pytest.raises(
-        TypeError, match=r"of type DPOConfig\. ALoLTrainer expects ALoLConfig.*replacing the class name"
-    ):
-        ALoLTrainer(tiny_model(), args=args, train_dataset=scored_pairs, processing_class=tokenizer)
+    ours = trainer_class._config_class.__name__
+    message = rf"of type DPOConfig\. {trainer_class.__name__} expects {ours}.*replacing the class name"
+    with pytest.raises(TypeError, match=message):
+        trainer_class(tiny_model(), args=args, train_dataset=scored_pairs, processing_class=tokenizer)
+
+
+DPO_ONLY = {
+    "f_divergence_type": "js_divergence",
+    "f_alpha_divergence_coef": 0.3,
+    "label_smoothing": 0.1,
+    "use_weighting": True,
+    "ld_alpha": 0.5,
+    "discopop_tau": 0.1,
+    "padding_free": True,
+    "truncation_mode": "keep_end",
+}
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    {
-        "f_divergence_type": "js_divergence",
-        "f_alpha_divergence_coef": 0.3,
-        "label_smoothing": 0.1,
-        "use_weighting": True,
-        "ld_alpha": 0.5,
-        "discopop_tau": 0.1,
-        "padding_free": True,
-        "truncation_mode": "keep_end",
-        "sync_ref_model": True,
-    }.items(),
+    ("config_class", "name", "value"),
+    [
+        *((config_class, *field) for config_class in (ALoLConfig, CoPGConfig) for field in DPO_ONLY.items()),
+        (ALoLConfig, "sync_ref_model", True),  # values would be stale
+    ],
 )
-def test_fields_that_mean_something_to_dpo_only(name, value, tmp_path):
+def test_fields_that_mean_something_to_dpo_only(config_class, name, value, tmp_path):
     assert getattr(cpu_args(DPOConfig, tmp_path, **{name: value}), name) == value  # control: DPO takes it
     with pytest.raises(ValueError, match=f"`{name}=.*{value}.*emove it"):
-        cpu_args(ALoLConfig, tmp_path, **{name: value})
+        cpu_args(config_class, tmp_path, **{name: value})
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", ["sigmoid"], ["alol", "sft"]])

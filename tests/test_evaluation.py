@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -104,6 +104,23 @@ def test_batches_do_not_change_completions(tokenizer, make_model):
         assert again == (completions, prompt_ids, completion_ids)
 
 
+def test_text_completions_keep_the_space_that_parts_them_from_the_prompt(monkeypatch):
+    """A tokenizer in SentencePiece's manner drops the space before the first word that it decodes: "a cat" completed
+    by "▁sat" must give " sat", or the row that is made of both reads "a catsat". Completed by "s" it gives "s"."""
+    vocabulary = {"<unk>": 0, "</s>": 1, "▁a": 2, "▁cat": 3, "▁sat": 4, "s": 5}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert tokenizer.decode([4]) == "sat"
+    model = tiny_llama()
+    monkeypatch.setattr(
+        model, "generate", lambda input_ids, **kwargs: torch.cat([input_ids, torch.tensor([[4], [5]])], dim=1)
+    )
+    texts, prompt_ids, _ = generate_completions(model, tokenizer, ["a cat"] * 2, max_new_tokens=1)
+    assert texts == [" sat", "s"]
+    assert tokenizer("a cat" + texts[0])["input_ids"] == prompt_ids[0] + [4]
+
+
 @pytest.mark.parametrize("declared", [None, END_OF_TURN, [EOS, END_OF_TURN]])
 def test_completions_end_at_the_first_eos(tokenizer, monkeypatch, declared):
     """The tokenizer's EOS and all that the model declares end a completion; they are kept as tokens, not as text."""
@@ -117,11 +134,11 @@ def test_completions_end_at_the_first_eos(tokenizer, monkeypatch, declared):
 
     monkeypatch.setattr(model, "generate", generate)
     texts, _, ids = generate_completions(model, tokenizer, ["a", "b", "c"], max_new_tokens=4)
-    assert ids[0] == [4, EOS] and ids[2] == [4] * 4 and texts[0] == "a" and texts[2] == "a a a a"
+    assert ids[0] == [4, EOS] and ids[2] == [4] * 4 and texts[0] == " a" and texts[2] == " a a a a"
     if declared is None:  # a token like any other
-        assert ids[1] == generated[1] and texts[1] == "b c <end> d"
+        assert ids[1] == generated[1] and texts[1] == " b c <end> d"
     else:
-        assert ids[1] == [5, 6, END_OF_TURN] and texts[1] == "b c"
+        assert ids[1] == [5, 6, END_OF_TURN] and texts[1] == " b c"
 
 
 def test_conversations(tokenizer):

@@ -1,6 +1,7 @@
-"""The pieces of the recipe that turn data round. That it runs is what `.ci/run` checks."""
+"""The pieces of the recipes that turn data round. That they run is what `.ci/run` checks."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,11 @@ from datasets import Dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 import alol_hh
+import common
+import copg_gsm8k
+
+
+needs_math_verify = pytest.mark.skipif(find_spec("math_verify") is None, reason="math-verify is not installed")
 
 
 def test_hh_text_becomes_messages():
@@ -28,10 +34,51 @@ def test_what_the_other_methods_train_on():
             "chosen_reward": [1.0, 0.0], "rejected_reward": [0.0, 1.0],
         }
     )  # fmt: skip
-    assert alol_hh.as_pairs(rows)[:] == {"prompt": ["a", "b"], "chosen": ["c", "d"], "rejected": ["e", "f"]}
-    assert alol_hh.as_pairs(rows, by_score=True)["chosen"][:] == ["c", "f"]
-    assert alol_hh.as_completions(rows, chosen_only=True)["completion"][:] == ["c", "d"]
-    assert alol_hh.as_completions(rows, chosen_only=False)["completion"][:] == ["c", "e", "d", "f"]
+    assert common.as_pairs(rows)[:] == {"prompt": ["a", "b"], "chosen": ["c", "d"], "rejected": ["e", "f"]}
+    assert common.as_pairs(alol_hh.by_score(rows))["chosen"][:] == ["c", "f"]
+    assert common.as_completions(rows, chosen_only=True)["completion"][:] == ["c", "d"]
+    assert common.as_completions(rows, chosen_only=False)["completion"][:] == ["c", "e", "d", "f"]
+
+
+def test_best_against_worst():
+    """The second row is tied, and so is the third once its null, which is not scored, is left out."""
+    rows = Dataset.from_dict(
+        {
+            "prompt": list("abcd"),
+            "completions": [["p", "q", "r"], ["p", "q"], ["p", "q", "r"], ["p", "q", "r"]],
+            "rewards": [[0.0, 1.0, -1.0], [1.0, 1.0], [0.0, None, 0.0], [None, 0.0, 1.0]],
+            "subset": list("wxyz"),
+        }
+    )
+    pairs = copg_gsm8k.best_against_worst(rows)
+    assert pairs[:] == {"prompt": ["a", "d"], "chosen": ["q", "r"], "rejected": ["r", "q"]}
+    assert len(copg_gsm8k.best_against_worst(rows.select([1, 2]))) == 0
+
+
+def test_prompts_from_a_template_and_messages():
+    row = {"question": "1 + 1?", "completions": ["2", "3"]}
+    assert copg_gsm8k.render(dict(row), "Q: {question}\n", False) == {**row, "prompt": "Q: 1 + 1?\n"}
+    rendered = copg_gsm8k.render({"prompt": "1 + 1?", "completions": ["2"]}, None, True)
+    assert rendered["prompt"] == [{"role": "user", "content": "1 + 1?"}]
+    assert rendered["completions"] == [[{"role": "assistant", "content": "2"}]]
+
+
+@needs_math_verify
+def test_math_verify_reads_what_models_and_gsm8k_write():
+    gold = ["24", "3 * 8 = <<3*8=24>>24 eggs\n#### 24", "1,024 in all\n#### 1,024", "\\frac{1}{2}", "no number", ""]
+    right = ["3 * 8 = 24\nA: 24", "The answer is \\boxed{24}.", "#### 1024", "A: 0.5", "A: 24", "A: 24"]
+    assert copg_gsm8k.math_verify([""] * 6, right, gold) == [1.0, 1.0, 1.0, 1.0, None, None]
+    # The last number counts, and it is the gold solution's last that is compared with, not its first
+    wrong = ["24 eggs less 2\nA: 22", "A: 3", "A: 1", "A: 2", "", ""]
+    assert copg_gsm8k.math_verify([""] * 6, wrong, gold) == [0.0, 0.0, 0.0, 0.0, None, None]
+    messages = [[{"role": "assistant", "content": "A: 24"}], [{"role": "assistant", "content": ""}]]
+    assert copg_gsm8k.math_verify([""] * 2, messages, ["24", "24"]) == [1.0, 0.0]
+
+
+def test_without_math_verify_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)  # importing it fails
+    with pytest.raises(ImportError, match="pip install math-verify"):
+        copg_gsm8k.math_verify([""], ["A: 24"], ["24"])
 
 
 def test_ranking_by_log_ratio(monkeypatch, tokenizer):
@@ -41,9 +88,9 @@ def test_ranking_by_log_ratio(monkeypatch, tokenizer):
         {"prompt": list("abcd"), "completions": [["x", "y"]] * 4, "rewards": [[1.0, 0.0]] * 3 + [[1.0, 1.0]]}
     )
     logps = {"policy": [2.0, 1.0, 3.0, 0.0, 1.0, 2.0, 9.0, 0.0], "reference": [0.0] * 8}
-    monkeypatch.setattr(alol_hh, "completion_logps", lambda model, *args: torch.tensor(logps[model]))
-    result = alol_hh.ranking("policy", "reference", tokenizer, rows)
+    monkeypatch.setattr(common, "completion_logps", lambda model, *args: torch.tensor(logps[model]))
+    result = common.ranking("policy", "reference", tokenizer, rows)
     assert result["pair_accuracy"] == pytest.approx(2 / 3)
     assert -1 <= result["spearman"] <= 1
     singles = Dataset.from_dict({"prompt": list("abcdefgh"), "completion": ["x"] * 8, "reward": [0.0, 1.0] * 4})
-    assert result.keys() - alol_hh.ranking("policy", "reference", tokenizer, singles).keys() == {"pair_accuracy"}
+    assert result.keys() - common.ranking("policy", "reference", tokenizer, singles).keys() == {"pair_accuracy"}

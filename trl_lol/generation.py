@@ -84,7 +84,8 @@ def generate_completions(
     completion_ids = _generate(
         model, processing_class, prompt_ids, max_new_tokens, temperature, batch_size, seed, **generation_kwargs
     )
-    return _decode(model, processing_class, prompts, completion_ids), prompt_ids, completion_ids
+    completions = _decode(model, processing_class, prompts, prompt_ids, completion_ids)
+    return completions, prompt_ids, completion_ids
 
 
 def sample_completions(
@@ -178,8 +179,8 @@ def sample_completions(
     key = (prompt_ids, weights, _eos_ids(model, processing_class), num_completions, sampling, seed)
     tensors = cached(cache_dir, "completions", key, compute)
     completion_ids = [ids.tolist() for ids in tensors["ids"].split(tensors["lengths"].tolist())]
-    repeated = [prompt for prompt in prompts for _ in range(num_completions)]
-    completions = _decode(model, processing_class, repeated, completion_ids)
+    repeated, repeated_ids = ([x for x in column for _ in range(num_completions)] for column in (prompts, prompt_ids))
+    completions = _decode(model, processing_class, repeated, repeated_ids, completion_ids)
     groups = [completions[start : start + num_completions] for start in range(0, len(completions), num_completions)]
     earlier = {"completion", "completions", "chosen", "rejected", "reward", "rewards", *chain(*PREFERENCE_REWARDS)}
     dataset = dataset.remove_columns([name for name in dataset.column_names if name in earlier])
@@ -254,12 +255,19 @@ def _decode(
     model: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase,
     prompts: Sequence[str | Messages],
+    prompt_ids: list[list[int]],
     completion_ids: list[list[int]],
 ) -> list[str] | list[Messages]:
     """Text for a text, a list with one assistant message for messages."""
-    eos_ids = _eos_ids(model, processing_class)
+    tokenizer, eos_ids = _tokenizer(processing_class), _eos_ids(model, processing_class)
     contents = [ids[:-1] if ids and ids[-1] in eos_ids else ids for ids in completion_ids]
-    texts = _tokenizer(processing_class).batch_decode(contents, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(contents, skip_special_tokens=True)
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            # Some tokenizers drop the space before the first token they decode; here it parts prompt and completion
+            start = tokenizer.decode(prompt_ids[i], skip_special_tokens=True)
+            whole = tokenizer.decode(prompt_ids[i] + contents[i], skip_special_tokens=True)
+            texts[i] = whole[len(start) :] if whole.startswith(start) else texts[i]
     return [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(prompts, texts, strict=True)

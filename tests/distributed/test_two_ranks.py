@@ -34,37 +34,49 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize("run", ["cached", "lora", "live"])
-def test_two_ranks_equal_one(worlds, run):
-    one, two = worlds[1][run], worlds[2][run]
+@pytest.mark.parametrize("method", ["alol", "copg"])
+def test_two_ranks_equal_one(worlds, method, run):
+    one, two = worlds[1][method][run], worlds[2][method][run]
     assert one["loss"] == pytest.approx(two["loss"], rel=0, abs=1e-6)
     assert one["logratio/mean"] == pytest.approx(two["logratio/mean"], rel=1e-4, abs=1e-6)
     assert distance(one["weights"], two["weights"]) <= 5e-6
     # Control: had one rank's share of the batches been lost, the losses would show it
-    assert worlds[1]["half"]["loss"] != pytest.approx(worlds[2]["live"]["loss"], rel=0, abs=1e-4)
+    assert worlds[1][method]["half"]["loss"] != pytest.approx(worlds[2][method]["live"]["loss"], rel=0, abs=1e-4)
 
 
 def test_scores_values_advantages_and_reference_log_probs_do_not_depend_on_the_ranks(worlds):
-    one, two = worlds[1]["cached"]["dataset"], worlds[2]["cached"]["dataset"]
-    assert one.keys() == two.keys() == {"prompt_ids", "completion_ids", "rewards", "subset", "advantages", "ref_logps"}
-    for name in ("prompt_ids", "completion_ids", "rewards", "subset"):
-        assert one[name] == two[name]
-    for name in ("advantages", "ref_logps"):
-        flat = [
-            torch.tensor([x for row in world[name] for x in torch.tensor(row).flatten().tolist()])
-            for world in (one, two)
-        ]
-        torch.testing.assert_close(*flat, rtol=1e-5, atol=1e-5)
+    for method, computed in (("alol", ["advantages", "ref_logps"]), ("copg", ["ref_logps"])):
+        one, two = (world[method]["cached"]["dataset"] for world in worlds.values())
+        assert one.keys() == two.keys() == {"prompt_ids", "completion_ids", "rewards", "subset", *computed}
+        for name in ("prompt_ids", "completion_ids", "rewards", "subset"):
+            assert one[name] == two[name]
+        for name in computed:
+            torch.testing.assert_close(*(torch.tensor(list(flat(x[name]))) for x in (one, two)), rtol=1e-5, atol=1e-5)
     assert worlds[1]["scores"] == worlds[2]["scores"]
 
 
-def test_resume_in_the_second_epoch_on_two_ranks(worlds):
+def flat(nested):
+    for x in nested:
+        yield from flat(x) if isinstance(x, list) else [x]
+
+
+def test_groups_are_ragged(worlds):
+    """What the runs of CoPG are about: 31 groups, of 2, 3 or 4 completions."""
+    sizes = [len(rewards) for rewards in worlds[2]["copg"]["cached"]["dataset"]["rewards"]]
+    assert sizes == ([2, 3, 4] * 11)[:31]
+
+
+@pytest.mark.parametrize("method", ["alol", "copg"])
+def test_resume_in_the_second_epoch_on_two_ranks(worlds, method):
     for world in worlds.values():
-        assert world["resumed"]["loss"] == world["whole"]["loss"]
-        assert distance(world["resumed"]["weights"], world["whole"]["weights"]) == 0
+        assert world[method]["resumed"]["loss"] == world[method]["whole"]["loss"]
+        assert distance(world[method]["resumed"]["weights"], world[method]["whole"]["weights"]) == 0
     # Control: on two ranks accelerate does not pass the epoch on to the sampler, and the order is another one
-    without = worlds[2]["resumed without the callback"]
-    assert distance(without["weights"], worlds[2]["whole"]["weights"]) > 1e-4
+    without = worlds[2][method]["resumed without the callback"]
+    assert distance(without["weights"], worlds[2][method]["whole"]["weights"]) > 1e-4
 
 
-def test_evaluation_on_two_ranks_equals_one(worlds):
-    assert worlds[1]["cached"]["eval_loss"] == pytest.approx(worlds[2]["cached"]["eval_loss"], rel=0, abs=1e-6)
+@pytest.mark.parametrize("method", ["alol", "copg"])
+def test_evaluation_on_two_ranks_equals_one(worlds, method):
+    one, two = (world[method]["cached"]["eval_loss"] for world in worlds.values())
+    assert one == pytest.approx(two, rel=0, abs=1e-6)

@@ -1,15 +1,18 @@
-"""Trains A-LoL on however many ranks it is launched with, and writes down what must not depend on their number."""
+"""Trains on however many ranks it is launched with, and writes down what must not depend on their number."""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from trl_lol import ALoLConfig, ALoLTrainer, GenerationEvalCallback, score_dataset, toy, weighted_sum
+from trl_lol import ALoLTrainer, CoPGTrainer, GenerationEvalCallback, score_dataset, toy, weighted_sum
 from trl_lol.offline.sampling import SetEpochCallback
+from trl_lol.offline.trainer import _OfflineRewardTrainer
 
 
 GLOBAL_BATCH = 8
@@ -23,8 +26,8 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-def shorten(row: dict) -> dict:
-    return {n: [{**row[n][0], "content": " ".join(row[n][0]["content"].split()[:1])}] for n in ("chosen", "rejected")}
+def first_word(completion: list[dict]) -> list[dict]:
+    return [{**completion[0], "content": " ".join(completion[0]["content"].split()[:1])}]
 
 
 def main(expected_world_size: int, folder: Path) -> None:
@@ -33,38 +36,65 @@ def main(expected_world_size: int, folder: Path) -> None:
     assert state.num_processes == expected_world_size
     dialogues = toy.make_dialogues(num_prompts=31)
     tokenizer = toy.make_tokenizer(dialogues)
-    # In memory on every rank: DPOTrainer's own cache of reference log-probabilities fails on such a dataset
-    rows = toy.preference_pairs(dialogues).map(shorten)
-    # Losses below one, from sums of a few tokens, so that 1e-6 is above the rounding of float32
-    reward = weighted_sum([toy.oracle_reward], [0.01])
+    # In memory on every rank: DPOTrainer's own cache of reference log-probabilities fails on such a dataset. The
+    # completions are short and the rewards small: losses below one, from sums of a few tokens, so that 1e-6 is above
+    # the rounding of float32.
+    pairs = toy.preference_pairs(dialogues).map(lambda row: {n: first_word(row[n]) for n in ("chosen", "rejected")})
+    groups = dialogues.map(
+        lambda row, i: {"completions": [first_word(completion) for completion in row["completions"][: 2 + i % 3]]},
+        with_indices=True,
+        remove_columns="qualities",
+    )
+    value_settings = {"value_num_train_epochs": 2, "value_max_prompts": 20}
+    results = {
+        "alol": train_all(ALoLTrainer, pairs, 0.01, tokenizer, state, folder / "alol", value_settings),
+        "copg": train_all(CoPGTrainer, groups, 0.1, tokenizer, state, folder / "copg", {}),
+        # Scores do not depend on how rows are dealt out, also when there are fewer rows than ranks
+        "scores": [score_dataset(pairs.select(range(n)), toy.oracle_reward).to_dict() for n in (1, 7)],
+    }
+    if state.is_main_process:
+        torch.save(results, folder / "results.pt")
+    state.destroy_process_group()
+
+
+def train_all(
+    trainer_class: type[_OfflineRewardTrainer],
+    rows: Dataset,
+    reward_scale: float,
+    tokenizer: PreTrainedTokenizerFast,
+    state: PartialState,
+    folder: Path,
+    settings: dict[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Every run of one method, by name."""
     results = {}
 
-    def trainer(name: str, **kwargs) -> ALoLTrainer:
+    def trainer(name: str, **kwargs) -> _OfflineRewardTrainer:
         trainer_kwargs = {k: kwargs.pop(k) for k in ("peft_config", "eval_dataset") if k in kwargs}
-        args = ALoLConfig(
+        args = trainer_class._config_class(
             str(folder / name),
             **{
                 "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
                 "gradient_checkpointing": False, "logging_steps": 1, "max_steps": 3,
                 # Adam divides by the size of the gradient, and so makes much of rounding errors
-                "optim": "sgd", "learning_rate": 0.1,
+                "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant",
                 "per_device_train_batch_size": GLOBAL_BATCH // state.num_processes,
-                "per_device_eval_batch_size": GLOBAL_BATCH // state.num_processes, "value_num_train_epochs": 2,
-                "lr_scheduler_type": "constant", "value_max_prompts": 20,
+                "per_device_eval_batch_size": GLOBAL_BATCH // state.num_processes,
+                **settings,
                 **kwargs,
             },
         )  # fmt: skip
         model = toy.make_model(tokenizer, hidden_size=32, num_layers=2)
-        return ALoLTrainer(
+        return trainer_class(
             model,
             args=args,
             train_dataset=rows,
             processing_class=tokenizer,
-            reward_funcs=reward,
+            reward_funcs=weighted_sum([toy.oracle_reward], [reward_scale]),
             **trainer_kwargs,
         )
 
-    def record(name: str, trainer: ALoLTrainer) -> None:
+    def record(name: str, trainer: _OfflineRewardTrainer) -> None:
         weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
         flat = torch.cat([w.flatten() for w in weights.values()])
         everyone = trainer.accelerator.gather(flat[None])
@@ -109,15 +139,12 @@ def main(expected_world_size: int, folder: Path) -> None:
     for name in ("resumed", "resumed without the callback"):
         resumed = trainer("interrupted", **kwargs)
         if name != "resumed":
+            on_epoch_begin = SetEpochCallback.on_epoch_begin
             SetEpochCallback.on_epoch_begin = TrainerCallback.on_epoch_begin
         resumed.train(resume_from_checkpoint=checkpoint)
         record(name, resumed)
-
-    # Scores do not depend on how rows are dealt out, also when there are fewer rows than ranks
-    results["scores"] = [score_dataset(rows.select(range(n)), toy.oracle_reward).to_dict() for n in (1, 7)]
-    if state.is_main_process:
-        torch.save(results, folder / "results.pt")
-    state.destroy_process_group()
+    SetEpochCallback.on_epoch_begin = on_epoch_begin
+    return results
 
 
 if __name__ == "__main__":

@@ -186,8 +186,6 @@ class ALoLTrainer(_OfflineRewardTrainer):
             )
         if is_train:  # the head of the stream stands for the whole of it
             rows = list(islice(dataset, args.value_max_prompts))
-            if not rows:
-                raise ValueError("No row of the training stream has a scored completion. Check its rewards.")
             prompts, group_ids, rewards = _by_prompt(*([row[k] for row in rows] for k in ("prompt_ids", "rewards")))
             values = self._fit_values(prompts, group_ids, rewards)[group_ids] if self._uses_values else None
             row_ids = torch.tensor([i for i, row in enumerate(rows) for _ in row["rewards"]])

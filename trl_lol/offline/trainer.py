@@ -196,6 +196,12 @@ class _OfflineRewardTrainer(DPOTrainer):
                     f"`max_length={args.max_length}`, or fewer than {self._min_completions} scored completions "
                     f"({num_dropped} completions are not scored). Raise `max_length`, or score more completions."
                 )
+        elif next(iter(dataset), None) is None:  # training on it would end before its first step, without a word
+            raise ValueError(
+                f"No row of the {dataset_name} stream is left: each has a prompt that fills "
+                f"`max_length={args.max_length}`, or fewer than {self._min_completions} scored completions. Raise "
+                "`max_length`, or score more completions."
+            )
         return self._add_advantages(dataset, dataset_name) if self._constructed else dataset
 
     def _finish_dataset(

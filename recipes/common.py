@@ -1,0 +1,376 @@
+"""What the recipes share: data, the methods to compare with, judging, and results on disk."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict, load_dataset
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from trl_lol import toy
+from trl_lol.data import as_group, tokenize_row
+from trl_lol.evaluation import evaluate_policy, reference_policy
+from trl_lol.generation import completion_logps
+from trl_lol.rewards.calling import RewardFunc
+from trl_lol.rewards.scoring import NOT_PASSED_ON
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+@dataclass
+class SharedArguments(ScriptArguments):
+    """
+    Arguments of every offline recipe.
+
+    Args:
+        toy_prompts (`int`, *optional*, defaults to `1200`):
+            Number of prompts of the embedded world, which is used when there is no `dataset_name`.
+        max_train_rows (`int`, *optional*):
+            Number of training rows to use at most.
+        max_test_rows (`int`, *optional*, defaults to `200`):
+            Number of test rows to use at most.
+        reference_sft_steps (`int`, *optional*, defaults to `0`):
+            Number of steps of supervised fine-tuning on all completions that make the reference policy.
+        reference_learning_rate (`float`, *optional*, defaults to `2e-3`):
+            Learning rate of that fine-tuning.
+        dpo_learning_rate (`float`, *optional*):
+            Learning rate of DPO. If `None`, a tenth of the learning rate.
+        dpo_beta (`float`, *optional*, defaults to `0.1`):
+            KL coefficient of DPO.
+        max_eval_prompts (`int`, *optional*, defaults to `200`):
+            Number of test prompts to generate on at most.
+        num_generations (`int`, *optional*, defaults to `2`):
+            Number of answers per test prompt that a policy is judged by.
+        max_new_tokens (`int`, *optional*, defaults to `64`):
+            Number of tokens of an answer at most.
+    """
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id or folder. If `None`, the toy world."})
+    toy_prompts: int = field(default=1200, metadata={"help": "Number of prompts of the embedded world."})
+    max_train_rows: int | None = field(default=None, metadata={"help": "Number of training rows to use at most."})
+    max_test_rows: int = field(default=200, metadata={"help": "Number of test rows to use at most."})
+    reference_sft_steps: int = field(default=0, metadata={"help": "SFT steps that make the reference policy."})
+    reference_learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of these steps."})
+    dpo_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of DPO."})
+    dpo_beta: float = field(default=0.1, metadata={"help": "KL coefficient of DPO."})
+    max_eval_prompts: int = field(default=200, metadata={"help": "Number of test prompts to generate on at most."})
+    num_generations: int = field(default=2, metadata={"help": "Answers per test prompt."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Number of tokens of an answer at most."})
+
+
+def parse(recipe_class: type, config_class: type, toy_config: Path) -> tuple[Any, Any, ModelConfig]:
+    """Arguments from the command line, and from `toy_config` where it names neither a config nor data."""
+    argv = sys.argv[1:]
+    if not any(arg.split("=")[0] in ("--config", "--dataset_name") for arg in argv):
+        argv = ["--config", str(toy_config), *argv]
+    recipe, args, model_args = TrlParser((recipe_class, config_class, ModelConfig)).parse_args_and_config(argv)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    return recipe, args, model_args
+
+
+def announce(what: str) -> None:
+    if PartialState().is_main_process:
+        print(f"\n== {what} ==", flush=True)
+
+
+# ---- Data ----
+
+
+def load_toy(recipe: SharedArguments, seed: int) -> tuple[DatasetDict, PreTrainedModel, PreTrainedTokenizerBase]:
+    """Dialogues, an untrained model and a tokenizer of the embedded world."""
+    dialogues = toy.make_dialogues(recipe.toy_prompts + recipe.max_test_rows, seed=seed)
+    train, test = dialogues.select(range(recipe.toy_prompts)), dialogues.skip(recipe.toy_prompts)
+    tokenizer = toy.make_tokenizer(train)
+    return DatasetDict(train=train, test=test), toy.make_model(tokenizer, seed), tokenizer
+
+
+def load_splits(recipe: SharedArguments) -> DatasetDict:
+    """Training and test rows from the Hub or a folder."""
+    splits = load_dataset(recipe.dataset_name, name=recipe.dataset_config)
+    if recipe.dataset_test_split in splits:
+        return DatasetDict(train=splits[recipe.dataset_train_split], test=splits[recipe.dataset_test_split])
+    return splits[recipe.dataset_train_split].train_test_split(test_size=0.1, seed=0)  # hold out a tenth
+
+
+def limit(rows: DatasetDict, recipe: SharedArguments) -> DatasetDict:
+    """The first rows of each split, as many as asked for."""
+    if recipe.max_train_rows is not None:
+        rows["train"] = rows["train"].take(min(recipe.max_train_rows, len(rows["train"])))
+    rows["test"] = rows["test"].take(min(recipe.max_test_rows, len(rows["test"])))
+    return rows
+
+
+def as_pairs(rows: Dataset) -> Dataset:
+    """What DPO trains on: the pair alone."""
+    names = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+    return rows.select_columns([name for name in names if name in rows.column_names])
+
+
+def as_completions(rows: Dataset, chosen_only: bool) -> Dataset:
+    """What SFT trains on: prompt and completion."""
+
+    def split(batch: dict[str, list]) -> dict[str, list]:
+        groups = [as_group(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+        pairs = [(g.prompt, c) for g in groups for c in (g.completions[:1] if chosen_only else g.completions)]
+        return {"prompt": [prompt for prompt, _ in pairs], "completion": [completion for _, completion in pairs]}
+
+    return rows.map(split, batched=True, remove_columns=rows.column_names)
+
+
+# ---- Training ----
+
+
+@dataclass
+class Setup:
+    """What the trainers of one run share."""
+
+    recipe: SharedArguments
+    args: DPOConfig
+    model_args: ModelConfig
+    model: str | PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    SHARED = (
+        "seed", "bf16", "fp16", "use_cpu", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
+        "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
+        "max_length", "logging_steps", "report_to", "disable_tqdm", "model_init_kwargs", "dataset_num_proc",
+    )  # fmt: skip
+
+    @classmethod
+    def from_path(cls, recipe: SharedArguments, args: DPOConfig, model_args: ModelConfig) -> "Setup":
+        """The model that is named on the command line."""
+        args.model_init_kwargs = {
+            "dtype": model_args.dtype,
+            "revision": model_args.model_revision,
+            "attn_implementation": model_args.attn_implementation,
+        }
+        model = model_args.model_name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=model_args.model_revision)
+        return cls(recipe, args, model_args, model, tokenizer)
+
+    def config(self, config_class: type, name: str, **overrides: Any) -> Any:
+        """Config of a method that is compared with, from the fields that it shares with the recipe's own."""
+        shared = {field: getattr(self.args, field) for field in self.SHARED}
+        return config_class(f"{self.args.output_dir}/{name}", **{**shared, "save_strategy": "no", **overrides})
+
+    def trainer_kwargs(self) -> dict[str, Any]:
+        quantization = get_quantization_config(self.model_args) if isinstance(self.model, str) else None
+        return {
+            "processing_class": self.tokenizer,
+            "peft_config": get_peft_config(self.model_args),
+            "quantization_config": quantization,
+        }
+
+    def make_reference(self, rows: Dataset, **overrides: Any) -> None:
+        """Fine-tune the model on all completions, and go on from there."""
+        announce("The reference policy: SFT on all completions")
+        model = train_sft(
+            as_completions(rows, chosen_only=False),
+            self,
+            "reference",
+            max_steps=self.recipe.reference_sft_steps,
+            learning_rate=self.recipe.reference_learning_rate,
+            lr_scheduler_type="cosine",
+            **overrides,
+        )
+        model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+        self.model = f"{self.args.output_dir}/reference"
+        if PartialState().is_main_process:
+            model.save_pretrained(self.model)
+            self.tokenizer.save_pretrained(self.model)
+        PartialState().wait_for_everyone()
+
+
+def train_sft(rows: Dataset, setup: Setup, name: str, **overrides: Any) -> PreTrainedModel:
+    args = setup.config(SFTConfig, name, completion_only_loss=True, **overrides)
+    trainer = SFTTrainer(setup.model, args=args, train_dataset=rows, **setup.trainer_kwargs())
+    trainer.train()
+    return trainer.model
+
+
+def train_dpo(pairs: Dataset, setup: Setup, name: str, **overrides: Any) -> PreTrainedModel:
+    args = setup.config(
+        DPOConfig,
+        name,
+        # On several ranks TRL 1.16 does not find its cache of a dataset that is held in memory
+        precompute_ref_log_probs=PartialState().num_processes == 1,
+        **{
+            "beta": setup.recipe.dpo_beta,
+            "learning_rate": setup.recipe.dpo_learning_rate or setup.args.learning_rate / 10,
+            **overrides,
+        },
+    )
+    trainer = DPOTrainer(setup.model, args=args, train_dataset=as_pairs(pairs), **setup.trainer_kwargs())
+    trainer.train()
+    return trainer.model
+
+
+# ---- Judging ----
+
+
+class Comparison:
+    """
+    Policies judged on the same held-out prompts, beside their reference.
+
+    Args:
+        setup ([`Setup`]):
+            What the trainers share.
+        test ([`~datasets.Dataset`]):
+            Held-out rows.
+        policy ([`~transformers.PreTrainedModel`]):
+            A trained policy: one with an adapter holds the reference.
+        reward_func (`Callable`, *optional*):
+            Judges new answers. If `None`, nothing does.
+        is_ranking (`bool`, *optional*, defaults to `True`):
+            Whether to measure how the policies rank the completions of the held-out rows.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        test: Dataset,
+        policy: PreTrainedModel,
+        reward_func: RewardFunc | None,
+        is_ranking: bool = True,
+    ) -> None:
+        self.setup, self.test, self.reward_func, self.is_ranking = setup, test, reward_func, is_ranking
+        self.results: dict[str, dict[str, float]] = {}
+        self.samples: dict[str, list[dict[str, Any]]] = {}
+        self.reference = None
+        announce("The reference policy: answers")
+        if get_peft_config(setup.model_args) is None:
+            reference = AutoModelForCausalLM.from_pretrained(setup.model, **setup.args.model_init_kwargs or {})
+            reference.to(setup.args.device)
+            self._judge("reference", reference)
+            self.reference = reference
+        else:  # the policy without its adapter
+            with reference_policy(policy, None) as model:
+                self._judge("reference", model.get_base_model())
+
+    def add(self, name: str, policy: PreTrainedModel) -> None:
+        """Judge a policy."""
+        self._judge(name, policy)
+        if self.is_ranking:
+            self.results[name] |= ranking(policy, self.reference, self.setup.tokenizer, self.test)
+
+    def _judge(self, name: str, model: PreTrainedModel) -> None:
+        recipe = self.setup.recipe
+        prompts = [row["prompt"] if "prompt" in row else as_group(row).prompt for row in self.test]
+        rows = list({json.dumps(prompt): row for row, prompt in enumerate(prompts)}.values())
+        rows = rows[: recipe.max_eval_prompts]
+        columns = {column: self.test[column] for column in self.test.column_names if column not in NOT_PASSED_ON}
+        result = evaluate_policy(
+            model,
+            self.setup.tokenizer,
+            [prompts[row] for row in rows],
+            self.reward_func or unscored,
+            ref_model=self.reference,
+            columns={column: [values[row] for row in rows] for column, values in columns.items()},
+            num_generations=recipe.num_generations,
+            max_new_tokens=recipe.max_new_tokens,
+            seed=self.setup.args.seed,
+        )
+        self.samples[name] = result.pop("samples")
+        result = {"reward": result.pop("reward"), "kl": 0.0, **result}
+        if self.reward_func is None:
+            del result["reward"], result["reward_std"]
+        self.results[name] = result
+
+    def write(self) -> None:
+        """Table, answers and the distribution of rewards, in the output directory."""
+        output_dir = Path(self.setup.args.output_dir)
+        write_results(self.results, output_dir)
+        write_samples(self.samples, self.setup.recipe.num_generations, output_dir)
+        plot_rewards(self.samples, output_dir)
+
+
+def unscored(prompts: list, completions: list, **kwargs: Any) -> list[None]:
+    """There is no evaluator for data from outside; pass one of your own to `evaluate_policy`."""
+    return [None] * len(prompts)
+
+
+def ranking(
+    model: PreTrainedModel, reference: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, rows: Dataset
+) -> dict[str, float]:
+    """How well the log-ratio to the reference ranks held-out completions by reward. Chance is 0 and 0.5."""
+    tokenized = [tokenize_row(row, i, tokenizer, tokenizer.eos_token) for i, row in enumerate(rows)]
+    prompts = [row["prompt_ids"] for row in tokenized for _ in row["completion_ids"]]
+    completions = [ids for row in tokenized for ids in row["completion_ids"]]
+    log_ratio = completion_logps(model, prompts, completions)
+    with reference_policy(model, reference) as policy:
+        log_ratio = log_ratio - completion_logps(policy, prompts, completions)
+    rewards = torch.tensor([reward for row in tokenized for reward in row["rewards"]])
+    group = torch.tensor([i for i, row in enumerate(tokenized) for _ in row["rewards"]])
+    better = (rewards[:, None] > rewards) & (group[:, None] == group)
+    right = better & (log_ratio[:, None] > log_ratio)
+    result = {"spearman": float(spearmanr(log_ratio, rewards).statistic)}
+    if better.any():  # with one completion per prompt there is no pair
+        result["pair_accuracy"] = (right.sum() / better.sum()).item()
+    return result
+
+
+# ---- Results ----
+
+
+def write_results(results: dict[str, dict[str, float]], output_dir: Path) -> None:
+    """Print the table, and keep it as JSON and Markdown."""
+    columns = list({name: None for metrics in results.values() for name in metrics if name != "reward_std"})
+    table = Table("policy", *(name.replace("_", " ") for name in columns), title="On held-out prompts")
+    lines = ["| policy | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    for policy, metrics in results.items():
+        cells = [f"{metrics[name]:.3f}" if name in metrics else "" for name in columns]
+        table.add_row(policy, *cells)
+        lines.append(f"| {policy} | " + " | ".join(cells) + " |")
+    Console().print(table)
+    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (output_dir / "results.md").write_text("\n".join(lines) + "\n")
+
+
+def write_samples(samples: dict[str, list[dict[str, Any]]], num_generations: int, output_dir: Path) -> None:
+    """Answers of every policy to the same prompts, side by side."""
+
+    def text(content: Any) -> str:
+        return content if isinstance(content, str) else "\n".join(f"{m['role']}: {m['content']}" for m in content)
+
+    lines = []
+    for i in range(0, min(8 * num_generations, len(next(iter(samples.values())))), num_generations):
+        lines += ["", "---", "", "```", text(next(iter(samples.values()))[i]["prompt"]), "```"]
+        for policy, answers in samples.items():
+            reward = answers[i]["reward"]
+            score = "" if reward is None else f" ({reward:.2f})"
+            lines += ["", f"**{policy}**{score}: {text(answers[i]['completion']).removeprefix('assistant: ')}"]
+    (output_dir / "samples.md").write_text("# Answers before and after\n" + "\n".join(lines) + "\n")
+
+
+def plot_rewards(samples: dict[str, list[dict[str, Any]]], output_dir: Path) -> None:
+    """The distribution of rewards of each policy."""
+    rewards = {policy: [s["reward"] for s in rows if s["reward"] is not None] for policy, rows in samples.items()}
+    rewards = {policy: values for policy, values in rewards.items() if values}
+    if rewards:
+        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+        for policy, values in rewards.items():
+            axis.ecdf(values, label=f"{policy}, mean {sum(values) / len(values):.2f}")
+        axis.set(xlabel="held-out reward", ylabel="part of the answers below", title="Answers to held-out prompts")
+        axis.legend(loc="upper left", fontsize="small", framealpha=0.6)
+        figure.savefig(output_dir / "rewards.png", dpi=150)
