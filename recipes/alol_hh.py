@@ -138,8 +138,8 @@ def main() -> None:
         trainer.create_model_card(model_name=output_dir.name)
 
     # Without an independent judge of new answers: how the policies rank the logged ones
-    reward_func = toy.heldout_reward if is_toy else None
-    comparison = Comparison(setup, rows["test"], trainer.model, reward_func, is_ranking=not is_toy)
+    reward_func, train_reward = (toy.heldout_reward, toy.oracle_reward) if is_toy else (None, None)
+    comparison = Comparison(setup, rows["test"], trainer.model, reward_func, not is_toy, train_reward)
     max_steps = trainer.state.max_steps
     if "sft" in recipe.compare:
         announce("For comparison: SFT on chosen completions")

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib
@@ -244,6 +245,8 @@ class Comparison:
             Judges new answers. If `None`, nothing does.
         is_ranking (`bool`, *optional*, defaults to `True`):
             Whether to measure how the policies rank the completions of the held-out rows.
+        train_reward (`Callable`, *optional*):
+            The reward that is trained on, where it is another than the judge's. What rises in it alone is not better.
     """
 
     def __init__(
@@ -253,8 +256,10 @@ class Comparison:
         policy: PreTrainedModel,
         reward_func: RewardFunc | None,
         is_ranking: bool = True,
+        train_reward: RewardFunc | None = None,
     ) -> None:
-        self.setup, self.test, self.reward_func, self.is_ranking = setup, test, reward_func, is_ranking
+        self.setup, self.test, self.is_ranking = setup, test, is_ranking
+        self.reward_func, self.train_reward = reward_func, train_reward
         self.results: dict[str, dict[str, float]] = {}
         self.samples: dict[str, list[dict[str, Any]]] = {}
         self.reference = None
@@ -295,6 +300,9 @@ class Comparison:
         result = {"reward": result.pop("reward"), "kl": 0.0, **result}
         if self.reward_func is None:
             del result["reward"], result["reward_std"]
+        if self.train_reward is not None:
+            prompts, completions = ([s[key] for s in self.samples[name]] for key in ("prompt", "completion"))
+            result["train_reward"] = mean(self.train_reward(prompts, completions))
         self.results[name] = result
 
     def write(self) -> None:

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["trl-lol[bench]", "math-verify>=0.8"]
+# dependencies = ["trl-lol[bench]", "math-verify>=0.9"]
 # ///
 """
 CoPG on several scored completions per prompt, beside its reference, SFT on the best one, DPO and IPO.
@@ -141,6 +141,10 @@ def render(row: dict[str, Any], template: str | None, as_messages: bool) -> dict
     return row
 
 
+def has_completions(rows: Dataset) -> bool:
+    return bool({"completions", "completion", "chosen"} & set(rows.column_names))
+
+
 def sample(rows: Dataset, setup: Setup) -> Dataset:
     """The model's own completions of the training prompts."""
     recipe, args = setup.recipe, setup.args
@@ -206,19 +210,19 @@ def main() -> None:
         rows, model, tokenizer = load_toy(recipe, args.seed)
         setup = Setup(recipe, args, model_args, model, tokenizer)
         rows["train"] = score_dataset(rows["train"], toy.oracle_reward)
-        judge, is_ranking = toy.heldout_reward, False
+        judge, train_reward, is_ranking = toy.heldout_reward, toy.oracle_reward, False
     else:
         rows = load_rows(recipe)
         setup = Setup.from_path(recipe, args, model_args)
         if recipe.num_completions:
             rows["train"] = sample(rows["train"], setup)
-        judge = math_verify if recipe.reward else None
+        judge, train_reward = math_verify if recipe.reward else None, None
         if judge is not None:
             announce("Rewards")
-            scorable = [name for name in rows if "completions" in rows[name].column_names]
-            for name in scorable:
-                rows[name] = score_dataset(rows[name], judge)
-        is_ranking = "completions" in rows["test"].column_names
+            for name in rows:
+                if has_completions(rows[name]):
+                    rows[name] = score_dataset(rows[name], judge)
+        is_ranking = has_completions(rows["test"])
     if recipe.reference_sft_steps:
         # As many completions per step as CoPG sees
         batch_size = args.per_device_train_batch_size * len(as_group(rows["train"][0]).completions)
@@ -231,7 +235,7 @@ def main() -> None:
     if is_main:
         trainer.create_model_card(model_name=output_dir.name)
 
-    comparison = Comparison(setup, rows["test"], trainer.model, judge, is_ranking)
+    comparison = Comparison(setup, rows["test"], trainer.model, judge, is_ranking, train_reward)
     max_steps = trainer.state.max_steps
     pairs = best_against_worst(rows["train"])
     if not len(pairs) and recipe.compare:

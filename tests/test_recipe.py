@@ -1,5 +1,6 @@
 """The pieces of the recipes that turn data round. That they run is what `.ci/run` checks."""
 
+import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -94,3 +95,30 @@ def test_ranking_by_log_ratio(monkeypatch, tokenizer):
     assert -1 <= result["spearman"] <= 1
     singles = Dataset.from_dict({"prompt": list("abcdefgh"), "completion": ["x"] * 8, "reward": [0.0, 1.0] * 4})
     assert result.keys() - common.ranking("policy", "reference", tokenizer, singles).keys() == {"pair_accuracy"}
+
+
+def test_prompts_and_a_verifier_are_enough(tmp_path, monkeypatch, tiny_model, tokenizer):
+    """Sampling, scoring, training, comparing and judging, from a folder with questions and answers."""
+    pytest.importorskip("math_verify")
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for split, size in (("train", 6), ("test", 2)):
+        questions = {
+            "question": [f"What is {i} + 1?" for i in range(size)],
+            "answer": [f"{i + 1}" for i in range(size)],
+        }
+        Dataset.from_dict(questions).to_json(tmp_path / "data" / f"{split}.jsonl")
+    options = {
+        "config": Path(copg_gsm8k.__file__).parent / "configs" / "copg_gsm8k_sample.yaml",
+        "dataset_name": tmp_path / "data", "dataset_config": "default", "model_name_or_path": tmp_path / "model",
+        "output_dir": tmp_path / "out", "num_completions": 3, "max_new_tokens": 4, "max_steps": 1, "use_cpu": True,
+        "bf16": False, "dtype": "float32", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    command = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["copg_gsm8k.py", *command])
+    monkeypatch.chdir(tmp_path)
+    copg_gsm8k.main()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {"reference", "CoPG"} <= results.keys() and results["CoPG"]["reward"] >= 0
+    assert list((tmp_path / "out" / "_cache").glob("completions*"))
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
