@@ -35,11 +35,17 @@ from matplotlib import pyplot as plt
 
 # Method: trainer, config, its settings, and the values of the setting that the frontier goes over
 METHODS: dict[str, tuple[type, type, dict[str, Any], str, list[float]]] = {
-    "CoPG": (CoPGTrainer, CoPGConfig, {"learning_rate": 1e-4}, "beta", [0.5, 0.2, 0.1, 0.05, 0.02]),
-    "DPO": (DPOTrainer, DPOConfig, {"learning_rate": 1e-4}, "beta", [2.0, 1.0, 0.5, 0.2, 0.1]),
-    "IPO": (DPOTrainer, DPOConfig, {"learning_rate": 1e-4, "loss_type": ["ipo"]}, "beta", [10.0, 5.0, 2.0, 1.0, 0.5]),
-    "A-LoL": (ALoLTrainer, ALoLConfig, {}, "learning_rate", [3e-4, 1e-3]),
-    "SFT on best": (ALoLTrainer, ALoLConfig, {"loss_type": ["nll"]}, "learning_rate", [3e-4, 1e-3]),
+    "CoPG": (CoPGTrainer, CoPGConfig, {"learning_rate": 1e-4}, "beta", [0.5, 0.2, 0.1, 0.05, 0.02, 0.01]),
+    "DPO": (DPOTrainer, DPOConfig, {"learning_rate": 1e-4}, "beta", [10.0, 5.0, 2.0, 1.0, 0.5, 0.2, 0.1]),
+    "IPO": (
+        DPOTrainer,
+        DPOConfig,
+        {"learning_rate": 1e-4, "loss_type": ["ipo"]},
+        "beta",
+        [10.0, 5.0, 3.0, 2.0, 1.0, 0.5],
+    ),
+    "A-LoL": (ALoLTrainer, ALoLConfig, {}, "learning_rate", [1e-4, 3e-4, 1e-3]),
+    "SFT on best": (ALoLTrainer, ALoLConfig, {"loss_type": ["nll"]}, "learning_rate", [1e-4, 3e-4, 1e-3]),
 }
 NUM_COMPLETIONS, MAX_NEW_TOKENS, NUM_JUDGED = 8, 48, 16
 # Stories are cut after 48 tokens, so that no EOS belongs behind them: messages are written one after the other

@@ -127,8 +127,7 @@ def main() -> None:
         if "chosen" not in rows["train"].column_names:
             print("The rows are not preferences: there is no chosen completion for SFT and DPO to learn from.")
             recipe.compare = []
-    if recipe.reference_sft_steps:
-        setup.make_reference(rows["train"])
+    setup.make_reference(rows["train"])
 
     announce("A-LoL: values, advantages, training")
     trainer = ALoLTrainer(setup.model, args=args, train_dataset=rows["train"], **setup.trainer_kwargs())

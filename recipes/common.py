@@ -86,6 +86,8 @@ def parse(recipe_class: type, config_class: type, toy_config: Path) -> tuple[Any
     if not any(arg.split("=")[0] in ("--config", "--dataset_name") for arg in argv):
         argv = ["--config", str(toy_config), *argv]
     recipe, args, model_args = TrlParser((recipe_class, config_class, ModelConfig)).parse_args_and_config(argv)
+    if recipe.dataset_name is None and model_args.model_name_or_path is not None:
+        raise ValueError("The embedded world has a model of its own. Give `--dataset_name`, or no model.")
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     return recipe, args, model_args
 
@@ -184,18 +186,22 @@ class Setup:
         }
 
     def make_reference(self, rows: Dataset, **overrides: Any) -> None:
-        """Fine-tune the model on all completions, and go on from there."""
-        announce("The reference policy: SFT on all completions")
-        model = train_sft(
-            as_completions(rows, chosen_only=False),
-            self,
-            "reference",
-            max_steps=self.recipe.reference_sft_steps,
-            learning_rate=self.recipe.reference_learning_rate,
-            lr_scheduler_type="cosine",
-            **overrides,
-        )
-        model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+        """Fine-tune the model on all completions if asked to, and keep what everything starts from in a folder."""
+        model, steps = self.model, self.recipe.reference_sft_steps
+        if isinstance(model, str) and not steps:
+            return
+        if steps:
+            announce("The reference policy: SFT on all completions")
+            model = train_sft(
+                as_completions(rows, chosen_only=False),
+                self,
+                "reference",
+                max_steps=steps,
+                learning_rate=self.recipe.reference_learning_rate,
+                lr_scheduler_type="cosine",
+                **overrides,
+            )
+            model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
         self.model = f"{self.args.output_dir}/reference"
         if PartialState().is_main_process:
             model.save_pretrained(self.model)
@@ -332,7 +338,9 @@ def ranking(
     group = torch.tensor([i for i, row in enumerate(tokenized) for _ in row["rewards"]])
     better = (rewards[:, None] > rewards) & (group[:, None] == group)
     right = better & (log_ratio[:, None] > log_ratio)
-    result = {"spearman": float(spearmanr(log_ratio, rewards).statistic)}
+    result = {}
+    if log_ratio.unique().numel() > 1 and rewards.unique().numel() > 1:
+        result["spearman"] = float(spearmanr(log_ratio, rewards).statistic)
     if better.any():  # with one completion per prompt there is no pair
         result["pair_accuracy"] = (right.sum() / better.sum()).item()
     return result

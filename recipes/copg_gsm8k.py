@@ -45,7 +45,7 @@ from transformers import AutoModelForCausalLM
 from trl import get_quantization_config
 
 from trl_lol import CoPGConfig, CoPGTrainer, sample_completions, score_dataset, toy
-from trl_lol.data import as_group
+from trl_lol.data import as_group, group_by_prompt
 
 
 TOY_CONFIG = Path(__file__).parent / "configs" / "copg_gsm8k_toy.yaml"
@@ -127,7 +127,8 @@ def load_rows(recipe: RecipeArguments) -> DatasetDict:
     rows = limit(load_splits(recipe), recipe)
     if recipe.reward and recipe.answer_column != "answer":
         rows = rows.rename_column(recipe.answer_column, "answer")
-    return rows.map(render, fn_kwargs={"template": recipe.prompt_template, "as_messages": recipe.as_messages})
+    rows = rows.map(render, fn_kwargs={"template": recipe.prompt_template, "as_messages": recipe.as_messages})
+    return DatasetDict({name: group_by_prompt(split) for name, split in rows.items()})
 
 
 def render(row: dict[str, Any], template: str | None, as_messages: bool) -> dict[str, Any]:
@@ -136,6 +137,8 @@ def render(row: dict[str, Any], template: str | None, as_messages: bool) -> dict
         row["prompt"] = template.format(**row)
     if as_messages:
         row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+        if "completion" in row:
+            row["completion"] = [{"role": "assistant", "content": row["completion"]}]
         if "completions" in row:
             row["completions"] = [[{"role": "assistant", "content": text}] for text in row["completions"]]
     return row
@@ -202,6 +205,10 @@ def plot_training(trainer: CoPGTrainer, output_dir: Path) -> None:
 
 def main() -> None:
     recipe, args, model_args = parse(RecipeArguments, CoPGConfig, TOY_CONFIG)
+    if recipe.num_completions and recipe.reward is None:
+        raise ValueError("`--num_completions` samples completions that nothing has scored. Give `--reward` too.")
+    if recipe.reward and recipe.dataset_name is None:
+        raise ValueError("`--reward` scores rows of yours, and the embedded world has none. Give `--dataset_name`.")
     is_main = PartialState().is_main_process
     output_dir = Path(args.output_dir)
 
@@ -223,10 +230,9 @@ def main() -> None:
                 if has_completions(rows[name]):
                     rows[name] = score_dataset(rows[name], judge)
         is_ranking = has_completions(rows["test"])
-    if recipe.reference_sft_steps:
-        # As many completions per step as CoPG sees
-        batch_size = args.per_device_train_batch_size * len(as_group(rows["train"][0]).completions)
-        setup.make_reference(rows["train"], per_device_train_batch_size=batch_size)
+    # As many completions per step as CoPG sees
+    batch_size = args.per_device_train_batch_size * len(as_group(rows["train"][0]).completions)
+    setup.make_reference(rows["train"], per_device_train_batch_size=batch_size)
 
     announce("CoPG: training")
     trainer = CoPGTrainer(setup.model, args=args, train_dataset=rows["train"], **setup.trainer_kwargs())
@@ -239,7 +245,7 @@ def main() -> None:
     max_steps = trainer.state.max_steps
     pairs = best_against_worst(rows["train"])
     if not len(pairs) and recipe.compare:
-        print("Every prompt's completions have equal rewards: SFT, DPO and IPO have no best one to learn from.")
+        announce("Every prompt's completions have equal rewards: SFT, DPO and IPO have no best one to learn from.")
         recipe.compare = []
     if "sft" in recipe.compare:
         announce("For comparison: SFT on the best completion")

@@ -50,7 +50,8 @@ def build(tmp_path, tokenizer, tiny_model, groups):
     """Makes a trainer on 30 groups, 90 completions."""
 
     def build(model=None, output_dir=tmp_path, train_dataset=groups, reward_funcs=None, **kwargs):
-        trainer_kwargs = {k: kwargs.pop(k) for k in ("peft_config", "ref_model", "eval_dataset") if k in kwargs}
+        names = ("peft_config", "ref_model", "eval_dataset", "compute_metrics")
+        trainer_kwargs = {k: kwargs.pop(k) for k in names if k in kwargs}
         settings = {"learning_rate": 1e-3, "lr_scheduler_type": "constant"}
         return CoPGTrainer(
             model if model is not None else tiny_model(),
@@ -362,6 +363,57 @@ def test_rows_of_one_completion_are_grouped_by_their_prompts(build, tmp_path, gr
     assert grouped.train_dataset[:] == build(output_dir=tmp_path / "b").train_dataset[:]
     assert len(grouped.train_dataset) == 30 and len(singles) == 90
     assert all(map(math.isfinite, run(grouped)[0]))
+
+
+def test_a_prompt_that_tokenising_trims_stays_one_group(build):
+    """The toy tokenizer joins the prompt's last space with the word behind it where there is one for both: another end
+    of the prompt for every completion, were they tokenised before they are grouped."""
+    rows = {"prompt": ["My phone is "] * 3, "completion": ["hot", "the", "9"], "reward": [0.5, 1.0, 0.0]}
+    trainer = build(train_dataset=Dataset.from_dict(rows))
+    assert trainer.train_dataset["rewards"][:] == [[0.5, 1.0, 0.0]]
+    group = text_rows(("My phone is ", ["hot", "the", "9"], [0.5, 1.0, 0.0]))
+    assert build(train_dataset=group).train_dataset[:] == trainer.train_dataset[:]
+
+
+def test_rewards_of_unit_tests(build, tmp_path):
+    """True and False, and whole numbers, train like 1.0 and 0.0: (1 − 0)²/(2·0.1) = 5 at the first step."""
+    rows = [text_rows(("a", [" x", " y"], r), ("b", [" z", " w"], r)) for r in ([True, False], [1, 0], [1.0, 0.0])]
+    losses = [run(build(train_dataset=r, output_dir=tmp_path / str(i)))[0] for i, r in enumerate(rows)]
+    assert losses[0] == losses[1] == losses[2] and losses[0][0] == pytest.approx(5, rel=1e-5)
+
+
+def test_completions_that_are_cut_are_counted(build, caplog):
+    rows = text_rows(("a", [" x", " x y z w x y z w"], [1.0, 0.0]))
+    build(train_dataset=rows, max_length=6)
+    assert "1 completions of the train dataset do not fit `max_length=6`" in caplog.text
+    caplog.clear()
+    build(train_dataset=rows)
+    assert "do not fit" not in caplog.text
+
+
+def test_what_gathers_one_sequence_per_row_is_refused(build):
+    with pytest.raises(ValueError, match="`compute_metrics` and `predict` gather one sequence per row"):
+        build(compute_metrics=lambda prediction: {})
+    trainer = build()
+    with pytest.raises(ValueError, match="`compute_metrics` and `predict` gather one sequence per row"):
+        trainer.predict(trainer.train_dataset)
+
+
+def test_the_reference_is_told_by_the_same_key_in_every_process(build):
+    """The modules that LoRA adapts to are a set, whose order is another in every process."""
+
+    class Backwards(set):
+        def __repr__(self):
+            return "{" + ", ".join(map(repr, sorted(self, reverse=True))) + "}"
+
+    keys = []
+    for kind in (set, Backwards):
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        trainer = build(peft_config=config)
+        adapter = trainer.model.peft_config["default"]
+        adapter.target_modules = kind(adapter.target_modules)
+        keys.append(trainer._reference_key[1])
+    assert keys[0] == keys[1]
 
 
 def test_labels_are_grouped_by_their_prompts(build):

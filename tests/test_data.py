@@ -281,54 +281,57 @@ def test_flatten_groups_without_advantages():
 
 
 SINGLES = {
-    "prompt_ids": [[1], [2, 2], [1], [1, 1], [2, 2], [1]],
-    "completion_ids": [[[10]], [[11, 12]], [[13]], [[14]], [[10]], [[10]]],
-    "rewards": [[0.1], [0.2], [0.3], [0.4], [0.5], [0.6]],
-    "num_dropped": [0, 1, 2, 0, 0, 4],
+    "prompt": ["a", "b ", "a", "b", "b ", "a"],
+    "completion": [" u", " v", " w", " x", " y", " u"],
+    "reward": [0.1, 0.2, None, 0.4, 0.5, 0.6],
     "subset": ["x", "y", "z", "x", "y", "z"],
 }
 
 
 def test_group_by_prompt():
-    """Of the six, the first, the third and the last have one prompt, and the second and the fifth another. A
-    completion that comes twice is kept twice. What was dropped is added up: 0 + 2 + 4 and 1 + 0."""
-    grouped = group_by_prompt(SINGLES)
-    assert grouped == {
-        "prompt_ids": [[1], [2, 2], [1, 1]],
-        "completion_ids": [[[10], [13], [10]], [[11, 12], [10]], [[14]]],
-        "rewards": [[0.1, 0.3, 0.6], [0.2, 0.5], [0.4]],
-        "num_dropped": [6, 1, 0],
+    """Of the six rows, the first, the third and the last have one prompt, and the second and the fifth another: "b"
+    is not "b ". A completion that comes twice is kept twice, and so is one without a reward."""
+    grouped = group_by_prompt(Dataset.from_dict(SINGLES))
+    assert grouped.to_dict() == {
+        "prompt": ["a", "b ", "b"],
         "subset": ["x", "y", "x"],
+        "completions": [[" u", " w", " u"], [" v", " y"], [" x"]],
+        "rewards": [[0.1, None, 0.6], [0.2, 0.5], [0.4]],
     }
-    assert group_by_prompt(grouped) == grouped
+    assert group_by_prompt(grouped) is grouped
 
 
-def test_group_by_prompt_leaves_its_input_alone():
-    batch = copy.deepcopy(SINGLES)
-    group_by_prompt(batch)
-    assert batch == SINGLES
-
-
-def test_group_by_prompt_joins_groups_of_one_only():
-    """A group of two keeps to itself, before the groups of one that share its prompt and after them, and so does a
-    row without completions."""
-    batch = {
-        "prompt_ids": [[1]] * 6,
-        "completion_ids": [[[10], [11]], [[12]], [], [[13]], [[14], [15]], [[16]]],
-        "rewards": [[0.0, 0.1], [0.2], [], [0.3], [0.4, 0.5], [0.6]],
+def test_group_by_prompt_reads_what_is_asked():
+    """Messages, labels in place of rewards, and tools: another tool makes another prompt."""
+    ask, answers = message("a", "user"), [message(content) for content in "uvw"]
+    rows = {"prompt": [ask] * 3, "completion": answers, "label": [True, False, True], "tools": ["f", "f", "g"]}
+    assert group_by_prompt(Dataset.from_dict(rows)).to_dict() == {
+        "prompt": [ask] * 2,
+        "tools": ["f", "g"],
+        "completions": [answers[:2], answers[2:]],
+        "rewards": [[True, False], [True]],
     }
-    assert group_by_prompt(batch) == {
-        "prompt_ids": [[1]] * 4,
-        "completion_ids": [[[10], [11]], [[12], [13], [16]], [], [[14], [15]]],
-        "rewards": [[0.0, 0.1], [0.2, 0.3, 0.6], [], [0.4, 0.5]],
-    }
+    unscored = Dataset.from_dict({"prompt": ["a", "a"], "completion": ["u", "v"]})
+    assert group_by_prompt(unscored).to_dict() == {"prompt": ["a"], "completions": [["u", "v"]]}
 
 
-def test_group_by_prompt_undoes_flatten_groups():
-    batch = {"prompt_ids": [[1], [2, 2], [3]], "completion_ids": [[[1], [2]], [[3]], [[4], [5], [6]]]}
-    batch["rewards"] = [[0.1, 0.2], [0.3], [0.4, 0.5, 0.6]]
-    assert len(flatten_groups(batch)["rewards"]) == 6
-    assert group_by_prompt(flatten_groups(batch)) == batch
+@pytest.mark.parametrize("name", ["completions", "preference", "chosen_reward"])
+def test_group_by_prompt_leaves_other_formats_alone(name):
+    rows = Dataset.from_list([FORMATS[name][0]] * 2)
+    assert group_by_prompt(rows) is rows
+
+
+def test_rewards_may_be_whole_numbers_or_truth_values():
+    """A column of lists of booleans stays one when it is tokenised, and its tensor must still be one of numbers."""
+    collate = DataCollatorForGroups(pad_token_id=0)
+    for rewards in ([True, False], [1, 0], [1.0, 0.0]):
+        batch = collate([{"prompt_ids": [4], "completion_ids": [[5], [6]], "rewards": rewards}])
+        assert batch["rewards"].dtype == torch.float and batch["rewards"].tolist() == [1.0, 0.0]
+
+
+def test_rewards_of_a_group_are_a_list():
+    with pytest.raises(ValueError, match=r"2 completions and the `rewards` 0.5. Give a list"):
+        as_group({"prompt": "a", "completions": ["b", "c"], "rewards": 0.5})
 
 
 def test_group_mask():

@@ -140,3 +140,15 @@ def test_rows_that_cannot_be_sampled_for(rows, tiny_model, tokenizer):
         sample(rows, model, tokenizer, 0)
     with pytest.raises(ValueError, match="Prompt 1 has no tokens"):
         sample(Dataset.from_dict({"prompt": ["a", ""]}), model, tokenizer)
+
+
+@pytest.mark.parametrize("settings", [{"topp": 0.5}, {"num_return_sequences": 2}])
+def test_settings_that_would_be_ignored_or_break_the_groups(text_rows, tiny_model, tokenizer, settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))}: not among the fields"):
+        sample(text_rows, tiny_model(), tokenizer, **settings)
+    assert len(sample(text_rows, tiny_model(), tokenizer, top_p=0.5)) == 3
+
+
+def test_empty_dataset(text_rows, tiny_model, tokenizer):
+    with pytest.raises(ValueError, match="The dataset is empty"):
+        sample(text_rows.select([]), tiny_model(), tokenizer)

@@ -7,11 +7,12 @@ and one reward for each. A dataset row with a single completion is a group of on
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.data.data_collator import DataCollatorMixin
@@ -56,6 +57,11 @@ class Group:
     rewards: list[float | None] | None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rewards, list | None):
+            raise ValueError(
+                f"A row has {len(self.completions)} completions and the `rewards` {self.rewards!r}. Give a list with "
+                "one reward per completion, null for a completion that was not scored."
+            )
         if self.rewards is not None and len(self.rewards) != len(self.completions):
             raise ValueError(
                 f"A row has {len(self.completions)} completions but {len(self.rewards)} rewards. Give one reward per "
@@ -235,31 +241,44 @@ def flatten_groups(batch: Mapping[str, list[Any]], keep_positive: bool = False) 
     }
 
 
-def group_by_prompt(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+def has_single_completions(columns: Iterable[str]) -> bool:
+    """Whether rows with these columns hold one completion each, of a prompt that others may share."""
+    return "completion" in columns and not {"completions", "chosen"} & set(columns)
+
+
+def group_by_prompt(dataset: Dataset) -> Dataset:
     """
-    Join groups of one that share their prompt into one group, which takes the place of the first of them. It is the
-    counterpart of [`flatten_groups`], for methods that contrast completions.
+    Join rows of one completion that have the same prompt into groups, for methods that contrast completions.
+
+    This comes before tokenisation, which may move the end of a prompt for the sake of one completion.
 
     Args:
-        batch (`Mapping[str, list]`):
-            Batch of tokenised rows. `completion_ids` and `rewards` are joined, `num_dropped` is summed; of the other
-            columns the first entry stays.
+        dataset ([`~datasets.Dataset`]):
+            Rows of any accepted format. Only rows of `prompt` and `completion`, with or without `reward` or `label`,
+            are joined.
 
     Returns:
-        `dict[str, list]`: The same columns. Rows with more completions than one stay as they are.
+        [`~datasets.Dataset`]: Rows with `completions` and `rewards` where the first of each prompt stood, whose other
+        columns they keep; or the dataset itself, if its rows are of another format.
     """
-    joined = {"completion_ids", "rewards", "num_dropped"} & batch.keys()
-    grouped: dict[str, list[Any]] = {name: [] for name in batch}
-    positions: dict[tuple[int, ...], int] = {}
-    for i, (prompt_ids, completions) in enumerate(zip(batch["prompt_ids"], batch["completion_ids"], strict=True)):
-        end = len(grouped["prompt_ids"])
-        position = positions.setdefault(tuple(prompt_ids), end) if len(completions) == 1 else end
-        for name, column in batch.items():
-            if position == end:
-                grouped[name].append(column[i])
-            elif name in joined:
-                grouped[name][position] = grouped[name][position] + column[i]
-    return grouped
+    if not has_single_completions(dataset.column_names):
+        return dataset
+    joined = [name for name in ("completion", "reward", "label") if name in dataset.column_names]
+    return dataset.map(
+        _join_rows, batched=True, batch_size=None, remove_columns=joined, desc="Grouping completions by prompt"
+    )
+
+
+def _join_rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    what_is_asked = [batch[name] for name in ("prompt", "tools", "chat_template_kwargs") if name in batch]
+    members: dict[str, list[int]] = {}
+    for i, asked in enumerate(zip(*what_is_asked, strict=True)):
+        members.setdefault(json.dumps(asked, sort_keys=True, default=str), []).append(i)
+    grouped = {name: [column[rows[0]] for rows in members.values()] for name, column in batch.items()}
+    for name, source in (("completions", "completion"), ("rewards", "label"), ("rewards", "reward")):
+        if source in batch:
+            grouped[name] = [[batch[source][i] for i in rows] for rows in members.values()]
+    return {name: column for name, column in grouped.items() if name not in ("completion", "reward", "label")}
 
 
 def group_mask(group_ids: Tensor) -> Tensor:
@@ -328,7 +347,9 @@ class DataCollatorForGroups(DataCollatorMixin):
         }
         for name in ("rewards", "advantages"):
             if name in examples[0]:
-                batch[name] = torch.tensor([value for example in examples for value in example[name]])
+                # A column of booleans or integers stays one, whatever tokenising makes of its rewards
+                values = [value for example in examples for value in example[name]]
+                batch[name] = torch.tensor(values, dtype=torch.float)
         if "ref_logps" in examples[0]:
             scored = batch["completion_mask"][:, 1:].bool()
             ref_logps = [logp for example in examples for logps in example["ref_logps"] for logp in logps]

@@ -78,7 +78,7 @@ def generate_completions(
         messages), token IDs of the prompts, and token IDs of the completions, up to and with the first EOS token.
 
     Raises:
-        `ValueError`: If a prompt has no tokens.
+        `ValueError`: If a prompt has no tokens, or a field of the generation config is unknown.
     """
     prompt_ids = _encode(processing_class, prompts)
     completion_ids = _generate(
@@ -156,6 +156,8 @@ def sample_completions(
             f"The dataset has {' and '.join(sorted(unused))}, and sampling leaves them out of the prompts while "
             "training does not. Drop these columns, or sample with a tool of your own."
         )
+    if not len(dataset):
+        raise ValueError("The dataset is empty, so there are no prompts to complete.")
     if num_completions < 1:
         raise ValueError(f"`num_completions={num_completions}` must be at least 1.")
     prompts = list(dataset.with_format(None)["prompt"])
@@ -220,6 +222,8 @@ def _generate(
     **generation_kwargs: Any,
 ) -> list[list[int]]:
     """Token IDs of the completions, up to and with the first EOS token."""
+    if unknown := generation_kwargs.keys() - (vars(GenerationConfig()).keys() - {"num_return_sequences"}):
+        raise ValueError(f"{', '.join(sorted(unknown))}: not among the fields of `GenerationConfig` that may be set.")
     eos_ids = _eos_ids(model, processing_class)
     pad_id = next((i for i in (_tokenizer(processing_class).pad_token_id, *eos_ids) if i is not None), 0)
     # What is not set here would be taken from the model's own generation config

@@ -1,6 +1,7 @@
 """What the offline trainers share: everything around the loss."""
 
 import copy
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,7 +29,7 @@ from .._trl import (
     hash_module,
     use_adapter,
 )
-from ..data import DataCollatorForGroups, check_columns, group_by_prompt, tokenize_row
+from ..data import DataCollatorForGroups, check_columns, group_by_prompt, has_single_completions, tokenize_row
 from ..generation import evaluating
 from ..rewards import RewardFunc, score_dataset
 from .base_config import _OfflineRewardConfig
@@ -36,6 +37,11 @@ from .sampling import EpochSampler, SetEpochCallback
 
 
 logger = get_logger(__name__)
+
+_NO_LOGITS = (
+    "`compute_metrics` and `predict` gather one sequence per row, and here a row is a group of them. Leave them out, "
+    "and evaluate with `GenerationEvalCallback` or the logged metrics."
+)
 
 
 class _OfflineRewardTrainer(DPOTrainer):
@@ -75,6 +81,8 @@ class _OfflineRewardTrainer(DPOTrainer):
             )
         self.cache_dir = Path(args.output_dir) / "_cache"  # what begins with "_" is not pushed to the Hub
         self.reward_funcs = reward_funcs if isinstance(reward_funcs, list | None) else [reward_funcs]
+        if compute_metrics is not None and self._min_completions > 1:
+            raise ValueError(_NO_LOGITS)
         if args.reward_weights is not None and reward_funcs is None:
             raise ValueError(
                 "`reward_weights` is set, but there are no `reward_funcs` to weight. Pass them, or remove it."
@@ -127,7 +135,8 @@ class _OfflineRewardTrainer(DPOTrainer):
             return dataset
         check_columns(columns)
         is_map_style = isinstance(dataset, Dataset)
-        if not is_map_style and self._min_completions > 1 and not {"completions", "chosen"} & set(columns):
+        needs_grouping = self._min_completions > 1 and has_single_completions(columns)
+        if needs_grouping and not is_map_style:
             raise ValueError(
                 f"The {dataset_name} dataset is an `IterableDataset` with one completion per row, and completions of "
                 "one prompt can only be brought together when the whole dataset is there. Pass a `Dataset`, or rows "
@@ -152,8 +161,11 @@ class _OfflineRewardTrainer(DPOTrainer):
 
         eos_token = self._tokenizer.eos_token
 
-        def tokenize(row: dict[str, Any], index: int, version: str) -> dict[str, Any]:
-            return tokenize_row(row, index, processing_class, eos_token)
+        def tokenize(row: dict[str, Any], index: int, max_length: int | None, version: str) -> dict[str, Any]:
+            row = tokenize_row(row, index, processing_class, eos_token)
+            room = math.inf if max_length is None else max_length - len(row["prompt_ids"])
+            # Where there is no room at all, the row is dropped below
+            return {**row, "num_cut": sum(len(ids) > room > 0 for ids in row["completion_ids"])}
 
         def progress(desc: str) -> dict[str, Any]:  # `IterableDataset.map` takes neither argument
             return (
@@ -161,19 +173,19 @@ class _OfflineRewardTrainer(DPOTrainer):
             )
 
         with global_then_local_main_first():
+            if needs_grouping:
+                dataset = group_by_prompt(dataset)
+                columns = dataset.column_names
             dataset = dataset.map(
                 tokenize,
                 with_indices=True,
-                fn_kwargs={"version": __version__},  # another version of this package does not find this one's cache
+                # another version of this package does not find this one's cache
+                fn_kwargs={"max_length": args.max_length, "version": __version__},
                 remove_columns=[name for name in columns if name != "subset"],
                 **progress("Tokenizing"),
             )
-            if is_map_style and self._min_completions > 1 and any(len(row) == 1 for row in dataset["rewards"]):
-                dataset = dataset.map(
-                    group_by_prompt, batched=True, batch_size=None, desc=f"Grouping {dataset_name} dataset by prompt"
-                )
-            num_dropped = sum(dataset["num_dropped"]) if is_map_style else 0
-            dataset = dataset.remove_columns("num_dropped")
+            num_dropped, num_cut = (sum(dataset[n]) if is_map_style else 0 for n in ("num_dropped", "num_cut"))
+            dataset = dataset.remove_columns(["num_dropped", "num_cut"])
             num_rows = len(dataset) if is_map_style else 0
             # TRL's rule: a prompt that fills `max_length` leaves no completion token to learn from
             dataset = dataset.filter(
@@ -184,6 +196,11 @@ class _OfflineRewardTrainer(DPOTrainer):
         if is_map_style:
             if num_dropped:
                 logger.warning(f"Dropped {num_dropped} completions of the {dataset_name} dataset that are not scored.")
+            if num_cut:
+                logger.warning(
+                    f"{num_cut} completions of the {dataset_name} dataset do not fit `max_length={args.max_length}` "
+                    "and are cut there, though their rewards are for the whole. Raise `max_length`, or drop them."
+                )
             if len(dataset) < num_rows:
                 logger.warning(
                     f"Dropped {num_rows - len(dataset)} of {num_rows} rows of the {dataset_name} dataset: the prompt "
@@ -247,7 +264,11 @@ class _OfflineRewardTrainer(DPOTrainer):
         model = self.ref_model or self.model
         configs = [model.config, *(model.peft_config.values() if is_peft_model(model) else ())]
         names = {"_name_or_path", "base_model_name_or_path"}  # where the weights came from does not matter
-        settings = [{k: str(v) for k, v in config.to_dict().items() if k not in names} for config in configs]
+        settings = [
+            # a set of strings has another order in every process
+            {k: str(sorted(v) if isinstance(v, set) else v) for k, v in config.to_dict().items() if k not in names}
+            for config in configs
+        ]
         return hash_module(model), settings, self.accelerator.mixed_precision
 
     @contextmanager
@@ -377,6 +398,13 @@ class _OfflineRewardTrainer(DPOTrainer):
             with torch.no_grad():
                 outputs = model(**{name: value for name, value in kwargs.items() if name != "labels"})
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self, model: PreTrainedModel, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple:
+        if not prediction_loss_only and self._min_completions > 1:
+            raise ValueError(_NO_LOGITS)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _log_means(self, metrics: dict[str, Tensor], mode: str) -> None:
         """Log the mean of each tensor over its elements and the ranks, with one collective for all."""
