@@ -48,7 +48,9 @@ class CoPGTrainer(_OfflineRewardTrainer):
             Dataset used for evaluation.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer. If `None`, it is loaded from the model's name.
-        compute_metrics, callbacks, optimizers, quantization_config, peft_config:
+        compute_metrics (`Callable`, *optional*):
+            Not supported: it would get one sequence per row.
+        callbacks, optimizers, quantization_config, peft_config:
             As for [`~trl.DPOTrainer`].
         reward_funcs (`Callable` or `list[Callable]`, *optional*):
             Reward functions in the signature of [`~trl.GRPOTrainer`], which score the completions before training.

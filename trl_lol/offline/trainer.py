@@ -38,11 +38,6 @@ from .sampling import EpochSampler, SetEpochCallback
 
 logger = get_logger(__name__)
 
-_NO_LOGITS = (
-    "`compute_metrics` and `predict` gather one sequence per row, and here a row is a group of them. Leave them out, "
-    "and evaluate with `GenerationEvalCallback` or the logged metrics."
-)
-
 
 class _OfflineRewardTrainer(DPOTrainer):
     """
@@ -82,7 +77,10 @@ class _OfflineRewardTrainer(DPOTrainer):
         self.cache_dir = Path(args.output_dir) / "_cache"  # what begins with "_" is not pushed to the Hub
         self.reward_funcs = reward_funcs if isinstance(reward_funcs, list | None) else [reward_funcs]
         if compute_metrics is not None and self._min_completions > 1:
-            raise ValueError(_NO_LOGITS)
+            raise ValueError(
+                "`compute_metrics` gets one sequence per row, and here a row is a group of them. Leave it out, and "
+                "evaluate with `GenerationEvalCallback` or the logged metrics."
+            )
         if args.reward_weights is not None and reward_funcs is None:
             raise ValueError(
                 "`reward_weights` is set, but there are no `reward_funcs` to weight. Pass them, or remove it."
@@ -398,13 +396,6 @@ class _OfflineRewardTrainer(DPOTrainer):
             with torch.no_grad():
                 outputs = model(**{name: value for name, value in kwargs.items() if name != "labels"})
         return (loss, outputs) if return_outputs else loss
-
-    def prediction_step(
-        self, model: PreTrainedModel, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple:
-        if not prediction_loss_only and self._min_completions > 1:
-            raise ValueError(_NO_LOGITS)
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _log_means(self, metrics: dict[str, Tensor], mode: str) -> None:
         """Log the mean of each tensor over its elements and the ranks, with one collective for all."""
