@@ -28,7 +28,7 @@ from trl_lol.generation import completion_logps
 
 
 METHODS: dict[str, tuple[type, type, dict[str, Any]]] = {
-    **{f"copg β={beta}": (CoPGTrainer, CoPGConfig, {"beta": beta}) for beta in (0.1, 0.03, 0.3, 0.01)},
+    **{f"copg β={beta}": (CoPGTrainer, CoPGConfig, {"beta": beta}) for beta in (0.01, 0.03, 0.1, 0.3)},
     "dpo β=0.1": (DPOTrainer, DPOConfig, {"beta": 0.1}),
     "ipo β=1.0": (DPOTrainer, DPOConfig, {"beta": 1.0, "loss_type": ["ipo"]}),
     "alol": (ALoLTrainer, ALoLConfig, {}),
@@ -68,6 +68,32 @@ def accuracy(scores: Tensor, rewards: Tensor) -> tuple[float, float]:
     drawn = torch.randint(len(pairs), (2000, len(pairs)), generator=torch.Generator().manual_seed(0))
     spread = (right[drawn].sum(1) / pairs[drawn].sum(1)).std()
     return (right.sum() / pairs.sum()).item(), spread.item()
+
+
+def write_table(output: Path) -> None:
+    """All results so far, as Markdown."""
+    results = [json.loads(path.read_text()) for path in output.glob("*.json")]
+    results.sort(key=lambda result: list(METHODS).index(result["method"]))
+    first = results[0]
+    lines = [
+        f"{first['pairs']} pairs of right and wrong solutions of {first['questions']} held-out questions. Standard "
+        "errors by bootstrap over the questions.",
+        "",
+        "| policy | ranked right | by log-ratio per token | mean log-ratio: right | wrong | sd within a question |",
+        "| --- |" + " ---: |" * 5,
+    ]
+    for r in results:
+        cells = [r[f"log_ratio_{name}"] for name in ("of_right", "of_wrong", "std_within")]
+        lines.append(
+            f"| {r['method']} | {r['accuracy']:.3f} ± {r['standard_error']:.3f} | {r['accuracy_per_token']:.3f} | "
+            + " | ".join(f"{cell:+.2f}" for cell in cells[:2])
+            + f" | {cells[2]:.2f} |"
+        )
+    for label, name in (("length alone", "length"), ("log-probability of the reference", "reference")):
+        lines.append(f"| {label} | {first[f'accuracy_of_{name}']:.3f} | | | | |")
+    lines.append(f"| the same per token | {first['accuracy_of_reference_per_token']:.3f} | | | | |")
+    (output / "README.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 def main() -> None:
@@ -164,6 +190,7 @@ def main() -> None:
         }
         path.write_text(json.dumps(result, indent=1) + "\n")
         print({k: v for k, v in result.items() if not isinstance(v, list)}, flush=True)
+    write_table(args.output)
 
 
 if __name__ == "__main__":

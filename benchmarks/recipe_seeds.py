@@ -41,7 +41,8 @@ def run(recipe: str, seed: int, options: list[str], path: Path) -> None:
 
 def table(results: list[dict], method: str) -> str:
     """Mean ± standard deviation over the seeds, and in how many of them the method gets more reward than a policy."""
-    metrics = ["reward", "kl", "length", "distinct_1", "distinct_2", "distinct_3"]
+    metrics = ["reward", "kl", "length", "distinct_1", "distinct_2", "distinct_3", "train_reward"]
+    metrics = [name for name in metrics if name in results[0]["policies"][method]]  # the first results lack the last
     lines = [
         f"{len(results)} seeds: {', '.join(str(r['seed']) for r in results)}. Mean ± standard deviation over seeds.",
         "",

@@ -337,7 +337,7 @@ def ranking(
     rewards = torch.tensor([reward for row in tokenized for reward in row["rewards"]])
     group = torch.tensor([i for i, row in enumerate(tokenized) for _ in row["rewards"]])
     better = (rewards[:, None] > rewards) & (group[:, None] == group)
-    right = better & (log_ratio[:, None] > log_ratio)
+    right = better * ((log_ratio[:, None] - log_ratio).sign() + 1) / 2  # pairs of equal log-ratio count as half right
     result = {}
     if log_ratio.unique().numel() > 1 and rewards.unique().numel() > 1:
         result["spearman"] = float(spearmanr(log_ratio, rewards).statistic)

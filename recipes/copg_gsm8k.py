@@ -22,7 +22,9 @@ Prompts with a gold answer alone: the completions are sampled from the model fir
 """
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from accelerate import PartialState
@@ -58,13 +60,13 @@ class RecipeArguments(SharedArguments):
 
     Args:
         prompt_template (`str`, *optional*):
-            Makes the prompt from the columns of a row, such as `"{question}\\n"`. If `None`, the column `prompt` is
-            the prompt.
+            Makes a prompt of text from the columns of a row, such as `"{question}\\n"`. If empty or `None`, the
+            column `prompt` is the prompt.
         as_messages (`bool`, *optional*, defaults to `False`):
             Whether to turn prompts and completions of text into messages, for a model with a chat template.
-        reward (`str`, *optional*):
+        reward (`str`, *optional*, defaults to `"none"`):
             Scores the completions, in place of rewards in the rows, and the answers to test prompts.
-            `"math_verify"` compares them with a gold answer. If `None`, the rows have rewards.
+            `"math_verify"` compares them with a gold answer. `"none"`: the rows have rewards.
         answer_column (`str`, *optional*, defaults to `"answer"`):
             Column of the gold answers: a number or expression, or a solution that ends in "#### 24".
         num_completions (`int`, *optional*, defaults to `0`):
@@ -83,8 +85,8 @@ class RecipeArguments(SharedArguments):
 
     prompt_template: str | None = field(default=None, metadata={"help": "Makes the prompt from a row's columns."})
     as_messages: bool = field(default=False, metadata={"help": "Turn text into messages."})
-    reward: str | None = field(
-        default=None, metadata={"help": "Scores the completions: 'math_verify'.", "choices": ["math_verify"]}
+    reward: str = field(
+        default="none", metadata={"help": "What scores the completions.", "choices": ["none", "math_verify"]}
     )
     answer_column: str = field(default="answer", metadata={"help": "Column of the gold answers."})
     num_completions: int = field(default=0, metadata={"help": "Completions to sample per training prompt first."})
@@ -106,10 +108,7 @@ def math_verify(prompts: list, completions: list, answer: list[str], **columns: 
 
     TRL's `accuracy_reward` reads LaTeX only, and would find no answer in "A: 24".
     """
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise ImportError("`--reward math_verify` needs math-verify: pip install math-verify") from error
+    from math_verify import parse, verify
 
     rewards: list[float | None] = []
     for completion, gold in zip(completions, answer, strict=True):
@@ -125,17 +124,32 @@ def math_verify(prompts: list, completions: list, answer: list[str], **columns: 
 def load_rows(recipe: RecipeArguments) -> DatasetDict:
     """Rows from the Hub or a folder, with a `prompt`, and an `answer` where they have a gold one."""
     rows = limit(load_splits(recipe), recipe)
-    if recipe.reward and recipe.answer_column != "answer":
-        rows = rows.rename_column(recipe.answer_column, "answer")
+    columns = rows["train"].column_names
+    if recipe.reward == "math_verify":
+        if recipe.answer_column not in columns:
+            raise ValueError(
+                f"The columns are {', '.join(columns)}, and `--reward math_verify` compares with `answer_column="
+                f"{recipe.answer_column!r}`. Give the column of the gold answers, or `--reward none`."
+            )
+        if recipe.answer_column != "answer":
+            rows = rows.rename_column(recipe.answer_column, "answer")
+    slots = {name for _, name, _, _ in Formatter().parse(recipe.prompt_template or "") if name}
+    texts = {name for name in slots & set(columns) if isinstance(rows["train"][0][name], str | int | float)}
+    if slots != texts:
+        raise ValueError(
+            f"`prompt_template={recipe.prompt_template!r}` needs text in the columns {', '.join(sorted(slots))}, and "
+            f'the columns are {", ".join(columns)}. Name columns of text, or set `--prompt_template ""` for rows '
+            "with a `prompt`."
+        )
     rows = rows.map(render, fn_kwargs={"template": recipe.prompt_template, "as_messages": recipe.as_messages})
     return DatasetDict({name: group_by_prompt(split) for name, split in rows.items()})
 
 
 def render(row: dict[str, Any], template: str | None, as_messages: bool) -> dict[str, Any]:
     """Make the prompt from the columns of a row, and messages from text."""
-    if template is not None:
+    if template:
         row["prompt"] = template.format(**row)
-    if as_messages:
+    if as_messages and isinstance(row["prompt"], str):
         row["prompt"] = [{"role": "user", "content": row["prompt"]}]
         if "completion" in row:
             row["completion"] = [{"role": "assistant", "content": row["completion"]}]
@@ -195,20 +209,22 @@ def plot_training(trainer: CoPGTrainer, output_dir: Path) -> None:
     logs = [log for log in trainer.state.log_history if "logratio/mean" in log]
     steps = [log["step"] for log in logs]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    axes[0].plot(steps, [log.get("rewards/accuracies") for log in logs])  # none where all groups are tied
+    axes[0].plot(steps, [log.get("rewards/accuracies") for log in logs], marker=".")  # none where all groups are tied
     axes[0].axhline(0.5, color="gray", linestyle=":")
     axes[0].set(xlabel="step", ylabel="rewards/accuracies", title="Pairs that the log-ratio ranks by reward")
-    axes[1].plot(steps, [log["logratio/mean"] for log in logs])
+    axes[1].plot(steps, [log["logratio/mean"] for log in logs], marker=".")
     axes[1].set(xlabel="step", ylabel="logratio/mean, nats", title="Log-ratio of the logged completions")
     figure.savefig(output_dir / "training.png", dpi=150)
 
 
 def main() -> None:
     recipe, args, model_args = parse(RecipeArguments, CoPGConfig, TOY_CONFIG)
-    if recipe.num_completions and recipe.reward is None:
+    if recipe.num_completions and recipe.reward == "none":
         raise ValueError("`--num_completions` samples completions that nothing has scored. Give `--reward` too.")
-    if recipe.reward and recipe.dataset_name is None:
+    if recipe.reward != "none" and recipe.dataset_name is None:
         raise ValueError("`--reward` scores rows of yours, and the embedded world has none. Give `--dataset_name`.")
+    if recipe.reward == "math_verify" and find_spec("math_verify") is None:
+        raise ImportError("`--reward math_verify` needs math-verify: pip install math-verify")
     is_main = PartialState().is_main_process
     output_dir = Path(args.output_dir)
 
@@ -223,12 +239,15 @@ def main() -> None:
         setup = Setup.from_path(recipe, args, model_args)
         if recipe.num_completions:
             rows["train"] = sample(rows["train"], setup)
-        judge, train_reward = math_verify if recipe.reward else None, None
+        judge, train_reward = math_verify if recipe.reward == "math_verify" else None, None
         if judge is not None:
             announce("Rewards")
             for name in rows:
                 if has_completions(rows[name]):
                     rows[name] = score_dataset(rows[name], judge)
+                    unread = sum(None in as_group(row).rewards for row in rows[name])
+                    if unread:
+                        announce(f"{unread} {name} rows have a gold answer that is no number or expression")
         is_ranking = has_completions(rows["test"])
     # As many completions per step as CoPG sees
     batch_size = args.per_device_train_batch_size * len(as_group(rows["train"][0]).completions)

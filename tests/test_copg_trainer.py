@@ -430,9 +430,13 @@ def test_preferences_are_groups_of_two(build, tmp_path, pairs, scored_pairs, cap
     assert plain.train_dataset["completion_ids"][:] == scored.train_dataset["completion_ids"][:]
 
 
-def test_groups_with_tied_rewards_are_kept(build):
+def test_groups_with_tied_rewards_are_kept(build, caplog):
     rows = text_rows(("a", [" x", " y"], [1.0, 1.0]), ("b", [" x", " y", " z"], [0.0, 0.0, 0.0]))
     assert build(train_dataset=rows).train_dataset["rewards"][:] == [[1.0, 1.0], [0.0, 0.0, 0.0]]
+    assert "In every group the rewards are equal" in caplog.text
+    caplog.clear()
+    build(train_dataset=text_rows(("a", [" x", " y"], [1.0, 1.0]), ("b", [" x", " y"], [0.0, 1.0])))
+    assert "In every group" not in caplog.text
 
 
 def test_groups_that_are_too_small_are_dropped_and_counted(build, caplog):

@@ -1,6 +1,7 @@
 """The pieces of the recipes that turn data round. That they run is what `.ci/run` checks."""
 
 import json
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,10 +77,34 @@ def test_math_verify_reads_what_models_and_gsm8k_write():
     assert copg_gsm8k.math_verify([""] * 2, messages, ["24", "24"]) == [1.0, 0.0]
 
 
-def test_without_math_verify_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "math_verify", None)  # importing it fails
-    with pytest.raises(ImportError, match="pip install math-verify"):
-        copg_gsm8k.math_verify([""], ["A: 24"], ["24"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_template": "{question}"}, "needs text in the columns question, and the columns are prompt, answer"),
+        ({"prompt_template": "{chat}"}, "needs text in the columns chat"),
+        ({"answer_column": "gold", "prompt_template": ""}, "`answer_column='gold'`. Give the column"),
+        ({"reward": "none"}, "nothing has scored"),
+        ({"dataset_name": None}, "The embedded world has a model of its own"),
+        ({"dataset_name": None, "model_name_or_path": None}, "the embedded world has none"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_runs(tmp_path, monkeypatch, options, message):
+    rows = {"prompt": ["a"] * 2, "answer": ["1"] * 2, "chat": [[{"role": "user", "content": "a"}]] * 2}
+    Dataset.from_dict(rows).to_json(tmp_path / "data" / "train.jsonl")
+    options = {"dataset_name": tmp_path / "data", "model_name_or_path": "none", "reward": "math_verify", **options}
+    command = [str(x) for name, value in options.items() if value is not None for x in (f"--{name}", value)]
+    command += (
+        f"--num_completions 2 --output_dir {tmp_path}/out --dataset_config default --use_cpu true --bf16 0".split()
+    )
+    config = Path(copg_gsm8k.__file__).parent / "configs" / "copg_gsm8k_lora.yaml"
+    monkeypatch.setattr(sys, "argv", ["copg_gsm8k.py", "--config", str(config), *command])
+    monkeypatch.setattr(copg_gsm8k, "find_spec", lambda name: True)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        copg_gsm8k.main()
+    monkeypatch.setattr(copg_gsm8k, "find_spec", lambda name: None)
+    if options["dataset_name"] is not None and options["reward"] != "none":
+        with pytest.raises(ImportError, match="pip install math-verify"):
+            copg_gsm8k.main()
 
 
 def test_ranking_by_log_ratio(monkeypatch, tokenizer):

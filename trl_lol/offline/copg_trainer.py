@@ -1,11 +1,16 @@
 import textwrap
 
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from ..data import group_mask
 from ..losses import copg_loss
 from .copg_config import CoPGConfig
 from .trainer import _OfflineRewardTrainer
+
+
+logger = get_logger(__name__)
 
 
 class CoPGTrainer(_OfflineRewardTrainer):
@@ -73,6 +78,16 @@ class CoPGTrainer(_OfflineRewardTrainer):
                 booktitle    = {Proceedings of the 2024 Conference on Empirical Methods in Natural Language Processing, {EMNLP} 2024},
             }"""),  # noqa: E501
     }
+
+    def _add_advantages(
+        self, dataset: Dataset | IterableDataset, name: str, is_train: bool = False
+    ) -> Dataset | IterableDataset:
+        if is_train and isinstance(dataset, Dataset) and all(len(set(group)) == 1 for group in dataset["rewards"]):
+            logger.warning(
+                "In every group the rewards are equal: there is nothing to learn but to stay near the reference. "
+                "Check the rewards, or use prompts on which the completions differ."
+            )
+        return dataset
 
     def _loss(
         self, logps: Tensor, ref_logps: Tensor, mask: Tensor, inputs: dict[str, Tensor]
