@@ -80,3 +80,9 @@ def test_resume_in_the_second_epoch_on_two_ranks(worlds, method):
 def test_evaluation_on_two_ranks_equals_one(worlds, method):
     one, two = (world[method]["cached"]["eval_loss"] for world in worlds.values())
     assert one == pytest.approx(two, rel=0, abs=1e-6)
+
+
+def test_sampled_groups_do_not_depend_on_the_ranks(worlds):
+    assert worlds[1]["samples"] == worlds[2]["samples"]
+    one, five = worlds[1]["samples"]
+    assert len(one) == 1 and [len(group) for group in five] == [2] * 5

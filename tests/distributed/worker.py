@@ -6,11 +6,20 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from trl_lol import ALoLTrainer, CoPGTrainer, GenerationEvalCallback, score_dataset, toy, weighted_sum
+from trl_lol import (
+    ALoLTrainer,
+    CoPGTrainer,
+    GenerationEvalCallback,
+    sample_completions,
+    score_dataset,
+    toy,
+    weighted_sum,
+)
 from trl_lol.offline.sampling import SetEpochCallback
 from trl_lol.offline.trainer import _OfflineRewardTrainer
 
@@ -49,12 +58,22 @@ def main(expected_world_size: int, folder: Path) -> None:
     results = {
         "alol": train_all(ALoLTrainer, pairs, 0.01, tokenizer, state, folder / "alol", value_settings),
         "copg": train_all(CoPGTrainer, groups, 0.1, tokenizer, state, folder / "copg", {}),
-        # Scores do not depend on how rows are dealt out, also when there are fewer rows than ranks
+        # Scores and greedy completions do not depend on how rows are dealt out, also when there are fewer than ranks
         "scores": [score_dataset(pairs.select(range(n)), toy.oracle_reward).to_dict() for n in (1, 7)],
+        "samples": [sample(dialogues.select(range(n)), tokenizer, folder) for n in (1, 5)],
     }
     if state.is_main_process:
         torch.save(results, folder / "results.pt")
     state.destroy_process_group()
+
+
+def sample(rows: Dataset, tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[list]:
+    """Groups of two greedy completions, and a check that the ranks agree where chance has its share."""
+    model = toy.make_model(tokenizer, hidden_size=32, num_layers=2)
+    settings = {"max_new_tokens": 4, "cache_dir": folder / "samples"}
+    drawn = sample_completions(rows, model, tokenizer, 2, **settings)["completions"][:]
+    assert all(other == drawn for other in gather_object([drawn]))
+    return sample_completions(rows, model, tokenizer, 2, temperature=0.0, **settings)["completions"][:]
 
 
 def train_all(
