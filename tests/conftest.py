@@ -15,6 +15,7 @@ import datasets
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
@@ -33,6 +34,8 @@ torch.set_num_threads(1)
 datasets.disable_progress_bars()
 
 Config = TypeVar("Config", bound=TrainingArguments)
+
+LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="gaussian")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -88,6 +91,58 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedMo
         return toy.make_model(tokenizer, seed, hidden_size=32, num_layers=2)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def groups(dialogues: Dataset) -> Dataset:
+    """30 prompts with 2, 3 or 4 scored answers. The largest groups have a tie in them."""
+    scored = score_dataset(dialogues.take(30), toy.oracle_reward)
+    rows = []
+    for i, row in enumerate(scored):
+        k = 2 + i % 3
+        rewards = row["rewards"][:3] + row["rewards"][2:3]
+        rows.append({"prompt": row["prompt"], "completions": row["completions"][:k], "rewards": rewards[:k]})
+    return Dataset.from_list(rows)
+
+
+@pytest.fixture(scope="session")
+def short_groups(groups: Dataset) -> Dataset:
+    """The same, cut to two words and with a tenth of the reward: losses below one, from sums of a few tokens, so that
+    1e-6 is above the rounding of float32."""
+
+    def shorten(row: dict[str, Any]) -> dict[str, Any]:
+        texts = [" ".join(completion[0]["content"].split()[:2]) for completion in row["completions"]]
+        completions = [[{"role": "assistant", "content": text}] for text in texts]
+        return {"completions": completions, "rewards": [reward / 10 for reward in row["rewards"]]}
+
+    return groups.map(shorten)
+
+
+@pytest.fixture
+def build_trainer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, tiny_model: Callable[..., PreTrainedModel]
+) -> Callable[..., Any]:
+    """Makes an offline trainer for a few steps on the CPU. What its constructor takes goes there, the rest to its
+    config."""
+
+    def build(
+        trainer_class: type,
+        model: PreTrainedModel | None = None,
+        output_dir: Path = tmp_path,
+        train_dataset: Dataset | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        names = ("peft_config", "ref_model", "eval_dataset", "reward_funcs", "compute_metrics")
+        trainer_kwargs = {name: kwargs.pop(name) for name in names if name in kwargs}
+        return trainer_class(
+            model if model is not None else tiny_model(),
+            args=cpu_args(trainer_class._config_class, output_dir, **kwargs),
+            train_dataset=train_dataset,
+            processing_class=tokenizer,
+            **trainer_kwargs,
+        )
+
+    return build
 
 
 def cpu_args(config_class: type[Config], output_dir: str | Path, **overrides: Any) -> Config:

@@ -1,14 +1,14 @@
-"""A-LoL through the real trainer: equalities that must hold, resume, models, metrics, files and errors."""
+"""A-LoL through the real trainer: losses, advantages, values, metrics, files and errors. What holds for all is tested in
+`test_offline_trainers.py`."""
 
 import json
-import warnings
+from functools import partial
 
 import pytest
 import torch
-from conftest import SGD, StopAt, cpu_args, distance, logged, run, weights
+from conftest import LORA, cpu_args, logged
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, get_peft_model
 
 from trl_lol import ALoLConfig, ALoLTrainer, toy
 from trl_lol.advantages import sequence_advantages
@@ -16,26 +16,11 @@ from trl_lol.losses import ALOL_LOSS_TYPES, alol_loss
 from trl_lol.offline.sampling import EpochSampler
 
 
-LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="gaussian")
-
-
 @pytest.fixture
-def build(tmp_path, tokenizer, tiny_model, scored_pairs):
+def build(build_trainer, scored_pairs):
     """Makes a trainer on 120 scored preferences, 240 completions."""
-
-    def build(model=None, output_dir=tmp_path, train_dataset=scored_pairs, reward_funcs=None, **kwargs):
-        trainer_kwargs = {k: kwargs.pop(k) for k in ("peft_config", "ref_model", "eval_dataset") if k in kwargs}
-        settings = {"learning_rate": 1e-3, "value_num_train_epochs": 2, "lr_scheduler_type": "constant"}
-        return ALoLTrainer(
-            model if model is not None else tiny_model(),
-            args=cpu_args(ALoLConfig, output_dir, **(settings | kwargs)),
-            train_dataset=train_dataset,
-            processing_class=tokenizer,
-            reward_funcs=reward_funcs,
-            **trainer_kwargs,
-        )
-
-    return build
+    settings = {"learning_rate": 1e-3, "value_num_train_epochs": 2, "lr_scheduler_type": "constant"}
+    return partial(build_trainer, ALoLTrainer, train_dataset=scored_pairs, **settings)
 
 
 # ---- The loss that is trained on ----
@@ -90,31 +75,6 @@ def test_advantage_weighting_off_leaves_the_weight_to_the_sampling(build):
 # ---- Equalities ----
 
 
-@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
-def test_cached_reference_equals_live_reference(build, tmp_path, short_pairs, peft_config):
-    kwargs = {"train_dataset": short_pairs, "peft_config": peft_config, "per_device_train_batch_size": 8, **SGD}
-    live = build(output_dir=tmp_path / "live", **kwargs)
-    cached = build(output_dir=tmp_path / "cached", precompute_ref_log_probs=True, **kwargs)
-    assert cached.ref_model is None and "ref_logps" in cached.train_dataset.column_names
-    (live_losses, live_weights), (cached_losses, cached_weights) = run(live), run(cached)
-    assert live_losses == pytest.approx(cached_losses, rel=0, abs=1e-6)
-    assert distance(live_weights, cached_weights) <= 1e-6
-    # Control: with another reference the losses differ
-    cached.train_dataset = cached.train_dataset.map(
-        lambda row: {"ref_logps": [[x - 0.05 for x in row["ref_logps"][0]]]}
-    )
-    assert run(cached)[0] != pytest.approx(live_losses, rel=0, abs=1e-4)
-
-
-def test_accumulation_equals_one_batch(build, tmp_path, short_pairs):
-    one = build(output_dir=tmp_path / "a", train_dataset=short_pairs, per_device_train_batch_size=8, **SGD)
-    accumulated = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    two = build(output_dir=tmp_path / "b", train_dataset=short_pairs, **accumulated, **SGD)
-    one, two = run(one), run(two)
-    assert one[0] == pytest.approx(two[0], rel=0, abs=1e-6)
-    assert distance(one[1], two[1]) <= 5e-6
-
-
 def test_loss_does_not_depend_on_padding_order_or_split(build, short_pairs):
     trainer = build(train_dataset=short_pairs, precompute_ref_log_probs=True)
     rows = [trainer.train_dataset[i] for i in range(8)]
@@ -132,75 +92,7 @@ def test_loss_does_not_depend_on_padding_order_or_split(build, short_pairs):
     assert abs(loss(rows[:7]) - whole) > 1e-4  # Control
 
 
-@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
-def test_same_seed_gives_the_same_run_and_checkpointing_changes_nothing(build, tmp_path, peft_config):
-    first = run(build(output_dir=tmp_path / "a", peft_config=peft_config))
-    again = run(build(output_dir=tmp_path / "b", peft_config=peft_config))
-    checkpointed = run(build(output_dir=tmp_path / "c", peft_config=peft_config, gradient_checkpointing=True))
-    other_seed = run(build(output_dir=tmp_path / "d", peft_config=peft_config, seed=1))
-    assert first[0] == again[0] == checkpointed[0] and first[0] != other_seed[0]
-    assert distance(first[1], again[1]) == 0 and distance(first[1], checkpointed[1]) == 0
-
-
-@pytest.mark.parametrize("sampling", ["priority", "uniform"])
-@pytest.mark.parametrize("stop", ["middle of epoch 1", "end of epoch 1", "middle of epoch 2"])
-def test_resume_equals_uninterrupted(build, tmp_path, sampling, stop):
-    kwargs = {
-        "sampling": sampling, "num_train_epochs": 2, "max_steps": -1, "per_device_train_batch_size": 16,
-        "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "linear", "precompute_ref_log_probs": True,
-        "learning_rate": 5e-3,
-    }  # fmt: skip
-    whole = build(output_dir=tmp_path / "whole", **kwargs)
-    whole.train()
-    steps = whole.state.global_step // 2
-    step = {"middle of epoch 1": steps // 2, "end of epoch 1": steps, "middle of epoch 2": steps + steps // 2}[stop]
-
-    interrupted = build(output_dir=tmp_path / "run", **kwargs)
-    interrupted.add_callback(StopAt(step))
-    interrupted.train()
-    assert interrupted.state.global_step == step
-    checkpoint = str(tmp_path / "run" / f"checkpoint-{step}")
-    resumed = build(output_dir=tmp_path / "run", **kwargs)
-    resumed.train(resume_from_checkpoint=checkpoint)
-    assert resumed.state.global_step == whole.state.global_step
-    assert logged(resumed, "loss") == logged(whole, "loss")
-    assert distance(weights(resumed), weights(whole)) == 0
-    if stop != "end of epoch 1":  # Control: where the sampler stood is part of the state
-        ignoring = build(output_dir=tmp_path / "run", ignore_data_skip=True, **kwargs)
-        ignoring.train(resume_from_checkpoint=checkpoint)
-        assert distance(weights(ignoring), weights(whole)) > 1e-3
-
-
 # ---- The reference ----
-
-
-def test_first_log_ratio_is_zero(build, tmp_path, tiny_model):
-    changed = tiny_model()
-    tiny_model(seed=9).save_pretrained(tmp_path / "elsewhere")
-    changed.config._name_or_path = str(tmp_path / "elsewhere")  # what DPOTrainer would load as the reference
-    adapted = get_peft_model(tiny_model(), LORA)
-    torch.nn.init.normal_(next(p for n, p in adapted.named_parameters() if "lora_B" in n), std=0.1)
-    used = build(max_steps=2)
-    used.train()
-    cases = {
-        "built from a config": {},
-        "cached": {"precompute_ref_log_probs": True},
-        "changed in memory": {"model": changed},
-        "lora": {"peft_config": LORA},
-        "lora, cached": {"peft_config": LORA, "precompute_ref_log_probs": True},
-        "a PEFT model that was trained before": {"model": adapted},
-        "a policy that another trainer has patched": {"model": used.model},
-    }
-    for case, kwargs in cases.items():
-        trainer = build(output_dir=tmp_path / case.replace(" ", "-"), max_steps=2, **kwargs)
-        trainer.train()
-        first, second = logged(trainer, "logratio/mean")
-        assert abs(first) <= 1e-6, case
-        assert abs(second) > 1e-6, case
-    # Control: a reference that is not the initial policy is noticed
-    trainer = build(output_dir=tmp_path / "control", max_steps=1, ref_model=tiny_model(seed=9))
-    trainer.train()
-    assert abs(logged(trainer, "logratio/mean")[0]) > 1e-3
 
 
 def test_reference_is_frozen_and_not_shared(build, tiny_model):
@@ -346,22 +238,6 @@ def test_metrics_report_and_model_card(build, tmp_path):
     assert report["num_kept"] == trainer.advantage_report.num_kept
     card = (tmp_path / "README.md").read_text()
     assert "Leftover Lunch" in card and "2305.14718" in card and "baheti2024leftover" in card
-
-
-@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
-def test_saved_model_loads_without_this_package(build, tmp_path, peft_config, tiny_model):
-    tiny_model().save_pretrained(tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    trainer = build(model, output_dir=tmp_path / "out", peft_config=peft_config)
-    trainer.train()
-    trainer.save_model()
-    auto_class = AutoPeftModelForCausalLM if peft_config else AutoModelForCausalLM
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        loaded = auto_class.from_pretrained(tmp_path / "out").eval()
-    inputs = AutoTokenizer.from_pretrained(tmp_path / "out")("Hello, my printer", return_tensors="pt")
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(**inputs).logits, trainer.model.eval()(**inputs).logits)
 
 
 # ---- Errors ----

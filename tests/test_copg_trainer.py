@@ -1,68 +1,27 @@
-"""CoPG through the real trainer: the optimum, equalities that must hold, rows, resume, metrics, files and errors."""
+"""CoPG through the real trainer: the optimum, rows, metrics, files and errors. What holds for all is tested in
+`test_offline_trainers.py`."""
 
 import math
 import statistics
-import warnings
+from functools import partial
 from itertools import combinations
 
 import pytest
 import torch
-from conftest import SGD, StopAt, cpu_args, distance, logged, run, weights
+from conftest import LORA, cpu_args, distance, logged, run
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, LoraConfig
+from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from trl_lol import ALoLTrainer, CoPGConfig, CoPGTrainer, score_dataset, toy
+from trl_lol import ALoLTrainer, CoPGConfig, CoPGTrainer, toy
 from trl_lol.losses import copg_loss
 
 
-LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="gaussian")
-
-
-@pytest.fixture(scope="module")
-def groups(dialogues):
-    """30 prompts with 2, 3 or 4 scored answers. The largest groups have a tie in them."""
-    scored = score_dataset(dialogues.take(30), toy.oracle_reward)
-    rows = []
-    for i, row in enumerate(scored):
-        k = 2 + i % 3
-        rewards = row["rewards"][:3] + row["rewards"][2:3]
-        rows.append({"prompt": row["prompt"], "completions": row["completions"][:k], "rewards": rewards[:k]})
-    return Dataset.from_list(rows)
-
-
-@pytest.fixture(scope="module")
-def short_groups(groups):
-    """The same, cut to two words and with a tenth of the reward: losses below one, from sums of a few tokens, so that
-    1e-6 is above the rounding of float32."""
-
-    def shorten(row):
-        texts = [" ".join(completion[0]["content"].split()[:2]) for completion in row["completions"]]
-        completions = [[{"role": "assistant", "content": text}] for text in texts]
-        return {"completions": completions, "rewards": [reward / 10 for reward in row["rewards"]]}
-
-    return groups.map(shorten)
-
-
 @pytest.fixture
-def build(tmp_path, tokenizer, tiny_model, groups):
+def build(build_trainer, groups):
     """Makes a trainer on 30 groups, 90 completions."""
-
-    def build(model=None, output_dir=tmp_path, train_dataset=groups, reward_funcs=None, **kwargs):
-        names = ("peft_config", "ref_model", "eval_dataset", "compute_metrics")
-        trainer_kwargs = {k: kwargs.pop(k) for k in names if k in kwargs}
-        settings = {"learning_rate": 1e-3, "lr_scheduler_type": "constant"}
-        return CoPGTrainer(
-            model if model is not None else tiny_model(),
-            args=cpu_args(CoPGConfig, output_dir, **(settings | kwargs)),
-            train_dataset=train_dataset,
-            processing_class=tokenizer,
-            reward_funcs=reward_funcs,
-            **trainer_kwargs,
-        )
-
-    return build
+    return partial(build_trainer, CoPGTrainer, train_dataset=groups, learning_rate=1e-3, lr_scheduler_type="constant")
 
 
 def log_probs(model, row):
@@ -226,33 +185,6 @@ def test_ties_pull_to_the_reference(bandit, words):
 # ---- Equalities ----
 
 
-@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
-def test_cached_reference_equals_live_reference(build, tmp_path, short_groups, peft_config):
-    kwargs = {"train_dataset": short_groups, "peft_config": peft_config, "per_device_train_batch_size": 8, **SGD}
-    live = build(output_dir=tmp_path / "live", **kwargs)
-    cached = build(output_dir=tmp_path / "cached", precompute_ref_log_probs=True, **kwargs)
-    assert cached.ref_model is None and "ref_logps" in cached.train_dataset.column_names
-    (live_losses, live_weights), (cached_losses, cached_weights) = run(live), run(cached)
-    assert live_losses == pytest.approx(cached_losses, rel=0, abs=1e-6)
-    assert distance(live_weights, cached_weights) <= 1e-6
-    # Control: with another reference for the first of each group the losses differ
-    cached.train_dataset = cached.train_dataset.map(
-        lambda row: {"ref_logps": [[x - 0.5 for x in row["ref_logps"][0]], *row["ref_logps"][1:]]}
-    )
-    assert run(cached)[0] != pytest.approx(live_losses, rel=0, abs=1e-4)
-
-
-def test_accumulation_equals_one_batch(build, tmp_path, short_groups):
-    one = build(output_dir=tmp_path / "a", train_dataset=short_groups, per_device_train_batch_size=8, **SGD)
-    accumulated = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    two = build(output_dir=tmp_path / "b", train_dataset=short_groups, **accumulated, **SGD)
-    half = build(output_dir=tmp_path / "c", train_dataset=short_groups, per_device_train_batch_size=4, **SGD)
-    one, two, half = run(one), run(two), run(half)
-    assert one[0] == pytest.approx(two[0], rel=0, abs=1e-6)
-    assert distance(one[1], two[1]) <= 5e-6
-    assert one[0] != pytest.approx(half[0], rel=0, abs=1e-4) and distance(one[1], half[1]) > 1e-4  # Control
-
-
 def test_loss_does_not_depend_on_padding_order_or_split(build, tiny_model, short_groups):
     trainer = build(train_dataset=short_groups, precompute_ref_log_probs=True, ref_model=tiny_model(seed=1))
     rows = [trainer.train_dataset[i] for i in range(8)]
@@ -268,63 +200,6 @@ def test_loss_does_not_depend_on_padding_order_or_split(build, tiny_model, short
     assert loss_of(trainer, mixed) != pytest.approx(whole, rel=1e-3)
     trainer.data_collator.pad_to_multiple_of = 128
     assert loss_of(trainer, rows) == pytest.approx(whole, rel=1e-6)
-
-
-@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
-def test_same_seed_gives_the_same_run_and_checkpointing_changes_nothing(build, tmp_path, peft_config):
-    first = run(build(output_dir=tmp_path / "a", peft_config=peft_config))
-    again = run(build(output_dir=tmp_path / "b", peft_config=peft_config))
-    checkpointed = run(build(output_dir=tmp_path / "c", peft_config=peft_config, gradient_checkpointing=True))
-    other_seed = run(build(output_dir=tmp_path / "d", peft_config=peft_config, seed=1))
-    assert first[0] == again[0] == checkpointed[0] and first[0] != other_seed[0]
-    assert distance(first[1], again[1]) == 0 and distance(first[1], checkpointed[1]) == 0
-
-
-@pytest.mark.parametrize("stop", ["middle of epoch 1", "end of epoch 1", "middle of epoch 2"])
-def test_resume_equals_uninterrupted(build, tmp_path, stop):
-    """30 groups in batches of 8: 4 steps per epoch."""
-    step = {"middle of epoch 1": 2, "end of epoch 1": 4, "middle of epoch 2": 6}[stop]
-    kwargs = {
-        "num_train_epochs": 2, "max_steps": -1, "per_device_train_batch_size": 8, "save_strategy": "steps",
-        "save_steps": step, "lr_scheduler_type": "linear", "precompute_ref_log_probs": True, "learning_rate": 1e-2,
-    }  # fmt: skip
-    whole = build(output_dir=tmp_path / "whole", **{**kwargs, "save_strategy": "no"})
-    whole.train()
-    assert whole.state.global_step == 8
-
-    interrupted = build(output_dir=tmp_path / "run", **kwargs)
-    interrupted.add_callback(StopAt(step))
-    interrupted.train()
-    assert interrupted.state.global_step == step
-    checkpoint = str(tmp_path / "run" / f"checkpoint-{step}")
-    resumed = build(output_dir=tmp_path / "run", **kwargs)
-    resumed.train(resume_from_checkpoint=checkpoint)
-    assert resumed.state.global_step == 8
-    assert logged(resumed, "loss") == logged(whole, "loss")
-    assert distance(weights(resumed), weights(whole)) == 0
-    if stop != "end of epoch 1":  # Control: where the sampler stood is part of the state
-        ignoring = build(output_dir=tmp_path / "run", ignore_data_skip=True, **kwargs)
-        ignoring.train(resume_from_checkpoint=checkpoint)
-        assert distance(weights(ignoring), weights(whole)) > 1e-3
-
-
-def test_first_log_ratio_is_zero(build, tmp_path, tiny_model):
-    """The log-ratio of a whole group: a reference that is not the initial policy would be contrasted with it."""
-    cases = {
-        "live": {},
-        "cached": {"precompute_ref_log_probs": True},
-        "lora": {"peft_config": LORA},
-        "lora, cached": {"peft_config": LORA, "precompute_ref_log_probs": True},
-    }
-    for case, kwargs in cases.items():
-        trainer = build(output_dir=tmp_path / case, max_steps=2, **kwargs)
-        trainer.train()
-        first, second = logged(trainer, "logratio/mean")
-        assert abs(first) <= 1e-6, case
-        assert abs(second) > 1e-6, case
-    trainer = build(output_dir=tmp_path / "control", max_steps=1, ref_model=tiny_model(seed=9))
-    trainer.train()
-    assert abs(logged(trainer, "logratio/mean")[0]) > 1e-3
 
 
 # ---- Rows ----
@@ -575,22 +450,6 @@ def test_model_card_and_tags(build, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "Contrastive Policy Gradient" in card and "2406.19185" in card and "fletberliac2024contrastive" in card
     assert {"trl", "trl-lol", "copg"} <= set(trainer.model.model_tags)
-
-
-@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
-def test_saved_model_loads_without_this_package(build, tmp_path, peft_config, tiny_model):
-    tiny_model().save_pretrained(tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    trainer = build(model, output_dir=tmp_path / "out", peft_config=peft_config)
-    trainer.train()
-    trainer.save_model()
-    auto_class = AutoPeftModelForCausalLM if peft_config else AutoModelForCausalLM
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        loaded = auto_class.from_pretrained(tmp_path / "out").eval()
-    inputs = AutoTokenizer.from_pretrained(tmp_path / "out")("Hello, my printer", return_tensors="pt")
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(**inputs).logits, trainer.model.eval()(**inputs).logits)
 
 
 def test_reference_that_follows_the_policy(build, tmp_path):
