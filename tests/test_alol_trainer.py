@@ -1,5 +1,5 @@
-"""A-LoL through the real trainer: losses, advantages, values, metrics, files and errors. What holds for all is tested in
-`test_offline_trainers.py`."""
+"""A-LoL through the real trainer: losses, advantages, values, metrics, files and errors. What holds for all is tested
+in `test_offline_trainers.py`."""
 
 import json
 from functools import partial
