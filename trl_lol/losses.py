@@ -158,3 +158,130 @@ def copg_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float,
     # Σ_{i>j} (R_β,i − R_β,j)² = k Σ_i (R_β,i − mean R_β)², and only the members count
     squares = (regularized - mean).masked_fill(~mask, 0.0).square().sum(dim=1)
     return k * squares / (k - 1).clamp(min=1) / (2 * beta)
+
+
+def ppo_policy_loss(logps: Tensor, old_logps: Tensor, mask: Tensor, advantages: Tensor, *, epsilon: float) -> Tensor:
+    r"""
+    Clipped surrogate loss of each token ([Schulman et al., 2017](https://huggingface.co/papers/1707.06347), Eq. 7):
+    −min(ρ_t A_t, clamp(ρ_t, 1−ε, 1+ε) A_t) with ρ_t = π_θ(y_t|x,y_<t) / π_old(y_t|x,y_<t).
+
+    Args:
+        logps (`torch.Tensor`):
+            Per-token log-probabilities of the policy, of shape `(batch, completion_len)`.
+        old_logps (`torch.Tensor`):
+            Per-token log-probabilities of the policy that wrote the completions, same shape.
+        mask (`torch.Tensor`):
+            1 for completion tokens and 0 elsewhere, same shape.
+        advantages (`torch.Tensor`):
+            Advantages, of shape `(batch, completion_len)`, or `(batch,)` for one per sequence.
+        epsilon (`float`):
+            Clipping range ε.
+
+    Returns:
+        `torch.Tensor`: One loss per token, of shape `(batch, completion_len)`, 0 where `mask` is.
+    """
+    ignored = mask == 0
+    advantages = _per_token(advantages, ignored)
+    ratio = (logps.masked_fill(ignored, 0.0) - old_logps.detach().masked_fill(ignored, 0.0)).exp()  # ρ_t
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
+    return -torch.minimum(ratio * advantages, clipped * advantages).masked_fill(ignored, 0.0)
+
+
+def apa_loss(logps: Tensor, ref_logps: Tensor, mask: Tensor, advantages: Tensor, *, beta: float) -> Tensor:
+    r"""
+    Advantage-Induced Policy Alignment loss of each token ([Zhu et al., 2023](https://huggingface.co/papers/2306.02231)):
+    (ln π_θ(y_t|x,y_<t) − A_t/λ − ln π_init(y_t|x,y_<t))², the squared distance to π_init e^{A/λ}.
+
+    Args:
+        logps (`torch.Tensor`):
+            Per-token log-probabilities of the policy, of shape `(batch, completion_len)`.
+        ref_logps (`torch.Tensor`):
+            Per-token log-probabilities of the initial policy π_init, same shape.
+        mask (`torch.Tensor`):
+            1 for completion tokens and 0 elsewhere, same shape.
+        advantages (`torch.Tensor`):
+            Advantages under the policy that wrote the completions, of shape `(batch, completion_len)`, or `(batch,)`
+            for one per sequence.
+        beta (`float`):
+            The paper's λ, in units of advantage per nat. Must be positive.
+
+    Returns:
+        `torch.Tensor`: One loss per token, in squared nats, of shape `(batch, completion_len)`, 0 where `mask` is.
+
+    Raises:
+        `ValueError`: If `beta` is not positive.
+    """
+    _check_temperature(beta)
+    ignored = mask == 0
+    log_ratio = logps.masked_fill(ignored, 0.0) - ref_logps.detach().masked_fill(ignored, 0.0)
+    return (log_ratio - _per_token(advantages, ignored) / beta).square()
+
+
+def awr_loss(logps: Tensor, mask: Tensor, advantages: Tensor, *, beta: float) -> Tensor:
+    r"""
+    Advantage-weighted regression loss of each token ([Peng et al., 2019](https://huggingface.co/papers/1910.00177)),
+    the baseline of the APA paper: −e^{A_t/λ} ln π_θ(y_t|x,y_<t).
+
+    Args:
+        logps (`torch.Tensor`):
+            Per-token log-probabilities of the policy, of shape `(batch, completion_len)`.
+        mask (`torch.Tensor`):
+            1 for completion tokens and 0 elsewhere, same shape.
+        advantages (`torch.Tensor`):
+            Advantages, of shape `(batch, completion_len)`, or `(batch,)` for one per sequence.
+        beta (`float`):
+            Temperature λ, in units of advantage. Must be positive; the paper uses 1 and finds that 0.1 explodes.
+
+    Returns:
+        `torch.Tensor`: One loss per token, of shape `(batch, completion_len)`, 0 where `mask` is.
+
+    Raises:
+        `ValueError`: If `beta` is not positive.
+    """
+    _check_temperature(beta)
+    ignored = mask == 0
+    weight = (_per_token(advantages, ignored) / beta).exp()
+    return -weight * logps.masked_fill(ignored, 0.0)
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, epsilon: float | None = None
+) -> Tensor:
+    r"""
+    Squared error of each token's value, ½ (V_t − R_t)². With `epsilon`, the larger of it and
+    ½ (clamp(V_t, V_old,t − ε, V_old,t + ε) − R_t)², as PPO implementations clip it.
+
+    Args:
+        values (`torch.Tensor`):
+            Values of the critic, of shape `(batch, completion_len)`.
+        old_values (`torch.Tensor`):
+            Values when the completions were written, same shape. Used with `epsilon` only.
+        returns (`torch.Tensor`):
+            Returns R_t, same shape.
+        mask (`torch.Tensor`):
+            1 for completion tokens and 0 elsewhere, same shape.
+        epsilon (`float`, *optional*):
+            Clipping range ε, in units of reward. If `None`, values are not clipped.
+
+    Returns:
+        `torch.Tensor`: One loss per token, of shape `(batch, completion_len)`, 0 where `mask` is.
+    """
+    ignored = mask == 0
+    values = values.masked_fill(ignored, 0.0)
+    old_values, returns = (x.detach().masked_fill(ignored, 0.0) for x in (old_values, returns))
+    error = (values - returns).square()
+    if epsilon is not None:
+        clipped = values.clamp(old_values - epsilon, old_values + epsilon)
+        error = torch.maximum(error, (clipped - returns).square())
+    return 0.5 * error
+
+
+def _per_token(advantages: Tensor, ignored: Tensor) -> Tensor:
+    """One advantage per token, without gradient, 0 where there is no token."""
+    advantages = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
+    return advantages.detach().expand(ignored.shape).masked_fill(ignored, 0.0)
+
+
+def _check_temperature(beta: float) -> None:
+    if not beta > 0:
+        raise ValueError(f"`beta={beta}` must be positive: advantages are divided by it.")
