@@ -11,6 +11,7 @@ and IPO the best against the worst where there is one, A-LoL what beats the valu
 import argparse
 import json
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,7 @@ def main() -> None:
             "log_ratio_of_wrong": log_ratio[rewards == 0].mean().item(),
             "log_ratio_of_right": log_ratio[rewards == 1].mean().item(),
             "train_seconds": wall,
+            "versions": {name: version(name) for name in ("trl-lol", "trl", "transformers", "peft", "torch")},
             "log_history": trainer.state.log_history,
             "log_ratios": [[round(x, 4) for x in row] for row in log_ratio.tolist()],
         }

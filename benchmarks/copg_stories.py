@@ -14,6 +14,7 @@ import json
 import random
 import time
 from collections import defaultdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,7 @@ def run(name: str, value: float, seed: int, args: argparse.Namespace) -> dict[st
         "seed": seed,
         "train_seconds": wall,
         **judge(trainer.model, model, tokenizer, args),
+        "versions": {name: version(name) for name in ("trl-lol", "trl", "transformers", "peft", "torch")},
         "log_history": trainer.state.log_history,
     }
 

@@ -125,6 +125,8 @@ def load_rows(recipe: RecipeArguments) -> DatasetDict:
     """Rows from the Hub or a folder, with a `prompt`, and an `answer` where they have a gold one."""
     rows = limit(load_splits(recipe), recipe)
     columns = rows["train"].column_names
+    if recipe.as_messages and not recipe.prompt_template and "prompt" not in columns:
+        raise ValueError(f"`--as_messages` needs a `prompt`, and the columns are {', '.join(columns)}.")
     if recipe.reward == "math_verify":
         if recipe.answer_column not in columns:
             raise ValueError(
@@ -151,8 +153,8 @@ def render(row: dict[str, Any], template: str | None, as_messages: bool) -> dict
         row["prompt"] = template.format(**row)
     if as_messages and isinstance(row["prompt"], str):
         row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-        if "completion" in row:
-            row["completion"] = [{"role": "assistant", "content": row["completion"]}]
+        for name in {"completion", "chosen", "rejected"} & row.keys():
+            row[name] = [{"role": "assistant", "content": row[name]}]
         if "completions" in row:
             row["completions"] = [[{"role": "assistant", "content": text}] for text in row["completions"]]
     return row

@@ -152,3 +152,15 @@ def test_settings_that_would_be_ignored_or_break_the_groups(text_rows, tiny_mode
 def test_empty_dataset(text_rows, tiny_model, tokenizer):
     with pytest.raises(ValueError, match="The dataset is empty"):
         sample(text_rows.select([]), tiny_model(), tokenizer)
+
+
+def test_cache_tells_models_apart_that_have_the_same_weights(text_rows, tiny_model, tokenizer, tmp_path, monkeypatch):
+    """The config is part of the policy."""
+    sample(text_rows, tiny_model(), tokenizer, cache_dir=tmp_path)
+    model = tiny_model()
+    calls = count_calls(model, monkeypatch)
+    sample(text_rows, model, tokenizer, cache_dir=tmp_path)
+    assert not calls
+    model.config.rms_norm_eps *= 10
+    sample(text_rows, model, tokenizer, cache_dir=tmp_path)
+    assert calls

@@ -63,6 +63,8 @@ def test_prompts_from_a_template_and_messages():
     rendered = copg_gsm8k.render({"prompt": "1 + 1?", "completions": ["2"]}, None, True)
     assert rendered["prompt"] == [{"role": "user", "content": "1 + 1?"}]
     assert rendered["completions"] == [[{"role": "assistant", "content": "2"}]]
+    pair = copg_gsm8k.render({"prompt": "a", "chosen": "b", "rejected": "c"}, None, True)
+    assert pair["chosen"] == [{"role": "assistant", "content": "b"}] and pair["rejected"][0]["content"] == "c"
 
 
 @needs_math_verify

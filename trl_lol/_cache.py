@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
+
+from ._trl import hash_module
 
 
 def content_key(dataset: Dataset, columns: list[str]) -> str:
@@ -34,6 +37,27 @@ def content_key(dataset: Dataset, columns: list[str]) -> str:
     for batch in dataset.with_format(None).select_columns(columns).iter(batch_size=1000):
         digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def model_key(model: PreTrainedModel) -> tuple:
+    """
+    What a model's outputs depend on: its weights, and the configs of the model and its adapters.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model.
+
+    Returns:
+        `tuple`: The hash of the weights and the settings, equal across processes.
+    """
+    configs = [model.config, *(model.peft_config.values() if is_peft_model(model) else ())]
+    names = {"_name_or_path", "base_model_name_or_path"}  # where the weights came from does not matter
+    settings = [
+        # a set of strings has another order in every process
+        {k: str(sorted(v) if isinstance(v, set) else v) for k, v in config.to_dict().items() if k not in names}
+        for config in configs
+    ]
+    return hash_module(model), settings
 
 
 def cached(

@@ -14,8 +14,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from ._cache import cached
-from ._trl import hash_module, pad, tokenize
+from ._cache import cached, model_key
+from ._trl import pad, tokenize
 from .data import PREFERENCE_REWARDS, Messages
 
 
@@ -126,7 +126,7 @@ def sample_completions(
         seed (`int`, *optional*, defaults to `0`):
             Seed of the sampling; the rank is added to it.
         cache_dir (`str` or `Path`, *optional*):
-            Folder to keep the completions in. They are found again as long as the prompts, the weights and the
+            Folder to keep the completions in. They are found again as long as the prompts, the model and the
             sampling stay the same, the batch size aside. If `None`, nothing is kept.
         **generation_kwargs:
             Further fields of [`~transformers.GenerationConfig`], such as `top_p`.
@@ -177,14 +177,23 @@ def sample_completions(
         }
 
     # The tokens are kept: what they say is up to the tokenizer
-    weights = None if cache_dir is None else hash_module(model)
-    key = (prompt_ids, weights, _eos_ids(model, processing_class), num_completions, sampling, seed)
+    policy = None if cache_dir is None else model_key(model)
+    key = (prompt_ids, policy, _eos_ids(model, processing_class), num_completions, sampling, seed)
     tensors = cached(cache_dir, "completions", key, compute)
     completion_ids = [ids.tolist() for ids in tensors["ids"].split(tensors["lengths"].tolist())]
     repeated, repeated_ids = ([x for x in column for _ in range(num_completions)] for column in (prompts, prompt_ids))
     completions = _decode(model, processing_class, repeated, repeated_ids, completion_ids)
     groups = [completions[start : start + num_completions] for start in range(0, len(completions), num_completions)]
-    earlier = {"completion", "completions", "chosen", "rejected", "reward", "rewards", *chain(*PREFERENCE_REWARDS)}
+    earlier = {
+        "completion",
+        "completions",
+        "chosen",
+        "rejected",
+        "reward",
+        "rewards",
+        "label",
+        *chain(*PREFERENCE_REWARDS),
+    }
     dataset = dataset.remove_columns([name for name in dataset.column_names if name in earlier])
     return dataset.add_column("completions", groups)
 

@@ -21,12 +21,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOTrainer
 
 from .. import __version__
-from .._cache import cached, content_key
+from .._cache import cached, content_key, model_key
 from .._trl import (
     disable_gradient_checkpointing,
     get_config_model_id,
     global_then_local_main_first,
-    hash_module,
     use_adapter,
 )
 from ..data import DataCollatorForGroups, check_columns, group_by_prompt, has_single_completions, tokenize_row
@@ -259,15 +258,7 @@ class _OfflineRewardTrainer(DPOTrainer):
     @cached_property
     def _reference_key(self) -> tuple:
         """What the reference's outputs depend on. First read before training, when the policy is the reference."""
-        model = self.ref_model or self.model
-        configs = [model.config, *(model.peft_config.values() if is_peft_model(model) else ())]
-        names = {"_name_or_path", "base_model_name_or_path"}  # where the weights came from does not matter
-        settings = [
-            # a set of strings has another order in every process
-            {k: str(sorted(v) if isinstance(v, set) else v) for k, v in config.to_dict().items() if k not in names}
-            for config in configs
-        ]
-        return hash_module(model), settings, self.accelerator.mixed_precision
+        return (*model_key(self.ref_model or self.model), self.accelerator.mixed_precision)
 
     @contextmanager
     def _reference_policy(self) -> Iterator[PreTrainedModel]:
