@@ -13,11 +13,15 @@ except PackageNotFoundError:  # run from a checkout
 _MODULES = {
     "ALoLConfig": ".offline.alol_config",
     "ALoLTrainer": ".offline.alol_trainer",
+    "APAConfig": ".online.apa_config",
+    "APATrainer": ".online.apa_trainer",
     "AdvantageReport": ".report",
     "CoPGConfig": ".offline.copg_config",
     "CoPGTrainer": ".offline.copg_trainer",
     "ColumnReward": ".rewards",
     "GenerationEvalCallback": ".evaluation",
+    "PPOConfig": ".online.ppo_config",
+    "PPOTrainer": ".online.ppo_trainer",
     "sample_completions": ".generation",
     "score_dataset": ".rewards",
     "sequence_advantages": ".advantages",
@@ -34,6 +38,10 @@ if TYPE_CHECKING:
     from .offline.alol_trainer import ALoLTrainer
     from .offline.copg_config import CoPGConfig
     from .offline.copg_trainer import CoPGTrainer
+    from .online.apa_config import APAConfig
+    from .online.apa_trainer import APATrainer
+    from .online.ppo_config import PPOConfig
+    from .online.ppo_trainer import PPOTrainer
     from .report import AdvantageReport
     from .rewards import ColumnReward, score_dataset, sigmoid, weighted_sum
 

@@ -99,14 +99,14 @@ def cached(
         else:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             if path is not None:
-                _write(tensors, path)
+                write_tensors(tensors, path)
     result = [tensors]
     if state.num_processes > 1:
         broadcast_object_list(result)
     return result[0]
 
 
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.tmp")
     try:

@@ -16,6 +16,8 @@ from trl.models.utils import (
     unwrap_model_for_generation,  # gathers ZeRO-3 shards, lifts gradient checkpointing
 )
 from trl.trainer.utils import (
+    FusedCausalLMOutput,  # what a model with a fused LM head returns: the base of ours with values
+    add_fused_lm_head,  # log-probabilities without logits, for a reference model of our own
     get_callable_name,  # a reward function's name in logs and errors
     get_config_model_id,  # `_name_or_path` across config types
     global_then_local_main_first,  # dataset caches are written once, then read
@@ -28,6 +30,8 @@ from trl.trainer.utils import (
 
 
 __all__ = [
+    "FusedCausalLMOutput",
+    "add_fused_lm_head",
     "common_prefix_length",
     "disable_gradient_checkpointing",
     "get_callable_name",

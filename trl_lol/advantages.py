@@ -75,6 +75,32 @@ def sequence_advantages(
     return (known - subtracted).masked_fill(~scored, 0.0).to(rewards.dtype)
 
 
+def token_rewards(rewards: Tensor, mask: Tensor, log_ratio: Tensor | None = None, *, beta: float = 0.0) -> Tensor:
+    r"""
+    Reward of each token of a completion that is rewarded as a whole: −β ln(π_old/π_ref) of the token, the estimate of
+    the KL divergence that PPO for language models is penalised by
+    ([Stiennon et al., 2020](https://huggingface.co/papers/2009.01325)), and the completion's reward at its last token.
+
+    Args:
+        rewards (`torch.Tensor`):
+            One reward per completion, of shape `(batch,)`.
+        mask (`torch.Tensor`):
+            1 for completion tokens and 0 elsewhere, of shape `(batch, completion_len)`. A completion without tokens
+            has no rewards.
+        log_ratio (`torch.Tensor`, *optional*):
+            ln π_old − ln π_ref of each token, in nats, of the shape of `mask`.
+        beta (`float`, *optional*, defaults to `0.0`):
+            KL coefficient β, in units of reward per nat.
+
+    Returns:
+        `torch.Tensor`: One reward per token, of the shape of `mask`, 0 where that is 0.
+    """
+    mask = mask.bool()
+    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    per_token = torch.where(is_last, rewards.unsqueeze(1), 0.0)
+    return per_token if log_ratio is None else per_token - beta * log_ratio.masked_fill(~mask, 0.0)
+
+
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
@@ -139,6 +165,27 @@ def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor
     variance = centred.square().sum() / (count - 1).clamp(min=1)
     whitened = centred * torch.rsqrt(variance + 1e-8)
     return whitened if shift_mean else (whitened + mean).masked_fill(~mask, 0.0)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """
+    Share of the variance of the returns that the values explain, 1 − Var(returns − values) / Var(returns).
+
+    Args:
+        values (`torch.Tensor`):
+            Values, of any shape.
+        returns (`torch.Tensor`):
+            Returns, same shape.
+        mask (`torch.Tensor`):
+            1 for the positions that count and 0 elsewhere, same shape.
+
+    Returns:
+        `torch.Tensor`: A scalar: 1 for a perfect critic, 0 for a constant one, negative for one that is worse; NaN
+        where the returns do not vary.
+    """
+    values, returns = values[mask.bool()], returns[mask.bool()]
+    variance = returns.var(correction=0)
+    return 1 - (returns - values).var(correction=0) / variance.masked_fill(variance == 0, torch.nan)
 
 
 def priority_weights(advantages: Tensor) -> Tensor:

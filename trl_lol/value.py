@@ -1,11 +1,15 @@
 """
-The value of a prompt under the reference policy: a small head on the frozen policy's hidden states of the prompt,
-regressed on rewards (A-LoL, [Baheti et al., 2024](https://huggingface.co/papers/2305.14718)).
+Values. Offline, of a prompt under the reference policy: a small head on the frozen policy's hidden states of the
+prompt, regressed on rewards (A-LoL, [Baheti et al., 2024](https://huggingface.co/papers/2305.14718)). Online, of every
+state of a completion: a head on the trunk of the policy that is trained.
 """
 
+import functools
 import math
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ._cache import cached
+from ._trl import FusedCausalLMOutput
 
 
 class PromptValueHead(nn.Module):
@@ -444,3 +449,92 @@ class ValueEstimator:
             return {"values": torch.tensor([values[i] for i in range(len(prompt_ids))])}
 
         return cached(self.cache_dir, f"values_{name}", (self.key, list(prompt_ids)), compute)["values"]
+
+
+VALUE_HEAD_KEYS = ("value_head.linear.weight", "value_head.linear.bias")
+
+
+class StateValueHead(nn.Module):
+    """
+    Value of the state after each token, as a linear function of the policy's last hidden state.
+
+    It computes in float32, also inside autocast, and is 0 everywhere until it is trained.
+
+    Args:
+        hidden_size (`int`):
+            Width of the policy.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor`):
+                Last hidden states, of shape `(batch, seq_len, hidden_size)`.
+
+        Returns:
+            `torch.Tensor`: Values, of shape `(batch, seq_len)`, in float32. The one at t is of the state *after* token
+            t, in which token t + 1 is chosen.
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return self.linear(hidden_states.float()).squeeze(-1)
+
+
+@dataclass
+class ValueCausalLMOutput(FusedCausalLMOutput):
+    """
+    Output of a model with a value head that is called with `return_values=True`.
+
+    Args:
+        state_values (`torch.Tensor` of shape `(batch, seq_len)`):
+            Value of the state after each token.
+    """
+
+    # Declared, since DDP finds no gradients behind what is not; and not named `values`, which is a method of the dict
+    # that every model output is
+    state_values: Tensor | None = None
+
+
+def add_value_head(model: PreTrainedModel) -> StateValueHead:
+    """
+    Put a [`StateValueHead`] on a causal language model that has TRL's fused LM head, as `model.value_head`. Called
+    with `return_values=True`, the model then returns [`ValueCausalLMOutput`]: log-probabilities and values of one
+    forward.
+
+    The head is not saved with the model, which loads as if there had never been one.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model without its PEFT wrapper.
+
+    Returns:
+        [`StateValueHead`]: The head.
+    """
+    head = StateValueHead(model.config.get_text_config().hidden_size)
+    model.value_head = head.to(model.get_output_embeddings().weight.device)
+    model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *VALUE_HEAD_KEYS}
+    forward = model.forward
+
+    # `generate` validates its arguments against the signature
+    @functools.wraps(type(model).forward)
+    def forward_with_values(self: PreTrainedModel, *args: Any, return_values: bool = False, **kwargs: Any) -> Any:
+        if not return_values:
+            return forward(*args, **kwargs)
+        # The fused LM head keeps the hidden states to itself
+        hidden_states: list[Tensor] = []
+        hook = self.base_model.register_forward_hook(
+            lambda module, inputs, output: hidden_states.append(output.last_hidden_state)
+        )
+        try:
+            outputs = forward(*args, **kwargs)
+        finally:
+            hook.remove()
+        return ValueCausalLMOutput(**outputs, state_values=self.value_head(hidden_states[0]))
+
+    model.forward = types.MethodType(forward_with_values, model)
+    return head

@@ -1,6 +1,5 @@
 """What the offline trainers share: everything around the loss."""
 
-import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -17,11 +16,11 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOTrainer
 
 from .. import __version__
 from .._cache import cached, content_key, model_key
+from .._reference import copy_as_reference
 from .._trl import (
     disable_gradient_checkpointing,
     get_config_model_id,
@@ -88,7 +87,7 @@ class _OfflineRewardTrainer(DPOTrainer):
             check_columns(_column_names(train_dataset, "train"))
         needs_copy = ref_model is None and peft_config is None and not args.precompute_ref_log_probs
         if needs_copy and isinstance(model, PreTrainedModel):
-            ref_model = _copy_as_reference(model)
+            ref_model = copy_as_reference(model, "set `precompute_ref_log_probs=True`, or train a LoRA")
 
         # DPOTrainer's constructor ends by computing reference log-probabilities. Here the advantages come first, since
         # they say which rows are left: see `_finish_dataset`.
@@ -397,24 +396,6 @@ class _OfflineRewardTrainer(DPOTrainer):
         for name, (total, count) in zip(metrics, self.accelerator.reduce(torch.stack(sums)).tolist(), strict=True):
             if count > 0:
                 self._metrics[mode][name].append(total / count)
-
-
-def _copy_as_reference(model: PreTrainedModel) -> PreTrainedModel:
-    """
-    Freeze a copy of the policy. DPOTrainer would load the reference from `config._name_or_path`, which is another
-    model when the policy was changed in memory, and no model at all when it was built from a config.
-    """
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "Under ZeRO-3 the policy is sharded and cannot be copied in memory. Pass `ref_model`, or set "
-            "`precompute_ref_log_probs=True`."
-        )
-    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
-    logger.warning(
-        f"Keeping a copy of the policy as the reference, {size:.2f} GiB. `precompute_ref_log_probs=True` or LoRA "
-        "saves the memory."
-    )
-    return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 def _column_names(dataset: Dataset | IterableDataset, name: str) -> list[str]:

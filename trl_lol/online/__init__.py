@@ -1,0 +1,1 @@
+"""Trainers that generate while they train."""

@@ -1,0 +1,397 @@
+"""What the online trainers share: an actor and critic on TRL's generation, everything around the policy loss."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+
+from .._cache import write_tensors
+from .._reference import copy_as_reference
+from .._trl import (
+    add_fused_lm_head,
+    disable_gradient_checkpointing,
+    get_config_model_id,
+    get_dataset_column_names,
+    is_async_callable,
+)
+from ..advantages import explained_variance, gae, masked_whiten, sequence_advantages, token_rewards
+from ..losses import value_loss
+from ..rewards.calling import RewardFunc, call, call_async
+from ..value import StateValueHead, add_value_head
+from .base_config import _ActorCriticConfig
+
+
+logger = get_logger(__name__)
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+
+
+class _WithValues:
+    """A model as TRL's log-probability pass calls it, that keeps the values of the completion's states on the way."""
+
+    def __init__(self, model: nn.Module, completion_len: int) -> None:
+        self.model = model
+        self.completion_len = completion_len
+        self.values: list[Tensor] = []
+
+    def __call__(self, **kwargs: Any) -> Any:
+        outputs = self.model(**kwargs, return_values=True)
+        # Token t is chosen in the state after token t − 1
+        self.values.append(outputs.state_values[:, -self.completion_len - 1 : -1])
+        return outputs
+
+
+class _ActorCriticTrainer(GRPOTrainer):
+    """
+    Base of the trainers that generate while they train. A subclass names its config and paper and writes
+    [`_policy_loss`].
+
+    It is a [`~trl.GRPOTrainer`] with advantages and a loss of its own: generation (transformers or vLLM), rewards,
+    models, adapters, distribution, checkpoints and model card are TRL's. The critic is a head on the policy's trunk:
+    one forward gives log-probabilities and values.
+    """
+
+    _config_class: type[_ActorCriticConfig]
+    _kl_in_reward: bool
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | Any",
+        reward_funcs: RewardFunc | PreTrainedModel | str | list | None = None,
+        args: _ActorCriticConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: Any | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: Any | None = None,
+        peft_config: Any | None = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable | None = None,
+        environment_factory: Any | None = None,
+    ) -> None:
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self._config_class(f"{model_name.split('/')[-1] or 'model'}-{self._name}")
+        elif not isinstance(args, self._config_class):
+            raise TypeError(
+                f"`args` is of type {type(args).__name__}, and {type(self).__name__} expects "
+                f"{self._config_class.__name__}."
+            )
+        given = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
+        if unsupported := [name for name, value in given.items() if value]:
+            raise ValueError(
+                f"{type(self).__name__} does not support `{unsupported[0]}`: tokens that others put into a completion "
+                "would be trained on as if the policy had chosen them. Use GRPOTrainer, or leave it out."
+            )
+        for name, dataset in _datasets(train_dataset, eval_dataset):
+            _check_columns(name, dataset)
+
+        # GRPOTrainer would load the reference from `config._name_or_path`: for a model in memory, copy that
+        beta, reference = args.beta, None
+        if beta != 0.0 and isinstance(model, PreTrainedModel) and peft_config is None:
+            reference = copy_as_reference(model, "train a LoRA, or pass the model's name or path instead of the model")
+            args.beta = 0.0
+        try:
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        finally:
+            args.beta = beta
+        self.beta = beta
+        if reference is not None:
+            add_fused_lm_head(reference, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
+            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        # Errors name the function, and infinities do not get as far as the loss
+        self.reward_funcs = [
+            func if isinstance(func, nn.Module) else partial(call_async if is_async_callable(func) else call, func)
+            for func in self.reward_funcs
+        ]
+        self.value_head: StateValueHead | None = None
+        if args.advantage_estimator == "gae":
+            self.value_head = add_value_head(self._base_model)
+        self._passes: list[Tensor] = []  # values of the latest forwards
+
+    @property
+    def _base_model(self) -> PreTrainedModel:
+        """The policy without its PEFT wrapper."""
+        return self.model.get_base_model() if is_peft_model(self.model) else self.model
+
+    # ---- Rollouts ----
+
+    @contextmanager
+    def _without_value_head(self) -> Iterator[None]:
+        """Hide the value head from what walks over the policy's modules and knows no head."""
+        if self.value_head is not None:
+            del self._base_model.value_head
+        try:
+            yield
+        finally:
+            if self.value_head is not None:
+                self._base_model.value_head = self.value_head
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_value_head():  # vLLM gets all weights of the policy, and has no place for the head's
+            return super()._generate_single_turn(*args, **kwargs)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if self.value_head is None or model is self.ref_model:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+        recorder = _WithValues(model, logits_to_keep)
+        outputs = super()._get_per_token_logps_and_entropies(
+            recorder, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
+        self._passes.append(torch.cat(recorder.values))
+        return outputs
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        # Kept, since what comes out of GRPO's scoring are advantages
+        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards_per_func
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._passes.clear()
+        batch = super()._generate_and_score_completions(inputs)
+        is_train = self.model.training
+        args = self.args
+
+        if "old_per_token_logps" not in batch:
+            with torch.no_grad(), disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
+                batch["old_per_token_logps"], *_ = self._get_per_token_logps_and_entropies(
+                    self.model,
+                    torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                    torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                    batch["completion_ids"].size(1),
+                    batch_size=args.per_device_train_batch_size if is_train else args.per_device_eval_batch_size,
+                )
+            self._passes = self._passes[-1:]
+        old_values = self._passes[0] if self._passes else None
+        self._passes.clear()
+
+        rows = slice(*(self.accelerator.process_index * len(inputs) + i for i in (0, len(inputs))))
+        rewards = (self._rewards_per_func * self.reward_weights.to(self._rewards_per_func)).nansum(dim=1)
+        rewards = rewards.masked_fill(self._rewards_per_func.isnan().all(dim=1), torch.nan)[rows]
+        mask = batch["completion_mask"] * ~rewards.isnan().unsqueeze(1)
+        if args.missing_eos_penalty is not None:
+            eos = torch.tensor(self.eos_token_ids, device=mask.device)
+            has_eos = (torch.isin(batch["completion_ids"], eos) & batch["completion_mask"].bool()).any(dim=1)
+            rewards = rewards - args.missing_eos_penalty * ~has_eos
+
+        log_ratio = None
+        if "ref_per_token_logps" in batch:
+            log_ratio = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * mask
+            self._log_means(mask.any(dim=1), **{"kl/completion": log_ratio.sum(dim=1)})
+        beta = self.beta if self._kl_in_reward else 0.0
+        num_generations = self.num_generations if is_train else self.num_generations_eval
+        if old_values is None:
+            if beta != 0.0:
+                rewards = rewards - beta * log_ratio.sum(dim=1)
+            everyone = self._gather_rows(rewards)
+            groups = torch.arange(len(everyone), device=everyone.device) // num_generations
+            advantages = sequence_advantages(everyone, group_ids=groups, baseline="leave_one_out")[rows]
+            advantages = advantages.unsqueeze(1) * mask
+        else:
+            per_token = token_rewards(rewards, mask, log_ratio, beta=beta)
+            if args.whiten_rewards:
+                per_token = self._whiten(per_token, mask, shift_mean=False)
+            advantages, returns = gae(per_token, old_values, mask, gamma=args.gamma, lam=args.lam)
+            batch |= {"old_values": old_values, "returns": returns}
+            everyone = (self._gather_rows(x) for x in (old_values, returns, mask))
+            self._log("explained_variance", explained_variance(*everyone))
+        if args.whiten_advantages:
+            advantages = self._whiten(advantages, mask)
+
+        # What TRL's log of completions shows is the mean over a completion's tokens
+        means = self._gather_rows(advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).tolist()
+        logged = self._logs["advantages"]
+        for i in range(1, min(len(logged), len(means)) + 1):
+            logged[-i] = means[-i]
+        if num_generations == 1:
+            self._metrics["train" if is_train else "eval"].pop("frac_reward_zero_std")  # of groups of one
+
+        num_items_in_batch = self.accelerator.gather(mask.sum()).sum()
+        return batch | {"advantages": advantages, "loss_mask": mask, "num_items_in_batch": num_items_in_batch}
+
+    def _gather_rows(self, x: Tensor) -> Tensor:
+        """The rows of all processes, padded to one length."""
+        return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1))
+
+    def _whiten(self, x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+        """Whiten by the statistics of all processes, and return the rows of this one."""
+        first = self.accelerator.process_index * len(x)
+        whitened = masked_whiten(self._gather_rows(x), self._gather_rows(mask), shift_mean=shift_mean)
+        return whitened[first : first + len(x), : x.size(1)]
+
+    # ---- Loss ----
+
+    @abstractmethod
+    def _policy_loss(self, logps: Tensor, inputs: dict[str, Tensor], mask: Tensor) -> Tensor:
+        """
+        The loss of each token.
+
+        Args:
+            logps (`torch.Tensor`):
+                Per-token log-probabilities of the policy, of shape `(batch, completion_len)`.
+            inputs (`dict[str, torch.Tensor]`):
+                The batch. `advantages`, `old_per_token_logps` and, when `args.beta` is not 0, `ref_per_token_logps`
+                have the shape of `logps`.
+            mask (`torch.Tensor`):
+                1 for the tokens of scored completions and 0 elsewhere, same shape.
+
+        Returns:
+            `torch.Tensor`: The losses, of the shape of `logps`, 0 where `mask` is.
+        """
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        mask = inputs["loss_mask"]
+        logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            mask.size(1),
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+        )
+        policy_losses = self._policy_loss(logps, inputs, mask)
+        if "importance_sampling_ratio" in inputs:  # of the policy to vLLM's version of it
+            policy_losses = policy_losses * inputs["importance_sampling_ratio"]
+        losses = policy_losses - self.entropy_coef * entropies * mask
+        metrics = {"policy_loss": policy_losses, "entropy": entropies}
+        if self.value_head is not None:
+            value_losses = value_loss(
+                self._passes.pop(), inputs["old_values"], inputs["returns"], mask, epsilon=self.args.value_epsilon
+            )
+            losses = losses + self.args.vf_coef * value_losses
+            metrics["value_loss"] = value_losses
+        if "ref_per_token_logps" in inputs:
+            log_ratio = inputs["ref_per_token_logps"] - logps.detach()
+            metrics["kl"] = log_ratio.exp() - log_ratio - 1  # as GRPO estimates it
+        self._log_means(mask, **metrics)
+
+        # As GRPO's default does: over all completion tokens of the optimizer step. `num_items_in_batch` spans the
+        # generation batch, and DDP averages over processes
+        num_accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
+        num_steps = self.args.steps_per_generation if self.model.training else 1
+        num_items = inputs["num_items_in_batch"].clamp(min=1) * num_accumulated / num_steps
+        loss = losses.sum() / (num_items / self.accelerator.num_processes)
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * aux_loss / num_accumulated
+            self._log("aux_loss", self.accelerator.gather(aux_loss).mean())
+        return loss
+
+    def _log(self, name: str, value: Tensor) -> None:
+        self._metrics["train" if self.model.training else "eval"][name].append(value.item())
+
+    def _log_means(self, mask: Tensor, **metrics: Tensor) -> None:
+        """Log means over the positions of `mask`, across processes."""
+        mask = mask.bool()
+        sums = [x.detach().masked_fill(~mask, 0.0).sum(dtype=torch.float32) for x in metrics.values()]
+        *sums, count = self.accelerator.reduce(torch.stack([*sums, mask.sum().float()]), reduction="sum")
+        for name, total in zip(metrics, sums, strict=True):
+            self._log(name, total / count)  # NaN, which TRL leaves out, where nothing is scored
+
+    # ---- Optimizer and checkpoints ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.value_head is not None and self.args.value_learning_rate is not None:
+            head = list(self.value_head.parameters())
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if all(p is not q for q in head)]
+            optimizer.add_param_group({"params": head, "lr": self.args.value_learning_rate, "weight_decay": 0.0})
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.value_head is not None:
+            write_tensors(self.value_head.state_dict(), Path(output_dir or self.args.output_dir) / VALUE_HEAD_FILE)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
+            # Otherwise a resumed run would generate anew, and be another one
+            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            rollouts = {"step": self._step, "num_processes": self.accelerator.num_processes}
+            rollouts["batches"] = self._buffered_inputs
+            torch.save(rollouts, folder / f"rollouts_{self.accelerator.process_index}.pt")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_value_head(resume_from_checkpoint)
+        path = Path(resume_from_checkpoint, f"rollouts_{self.accelerator.process_index}.pt")
+        if path.exists():
+            rollouts = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            if rollouts["num_processes"] == self.accelerator.num_processes:
+                self._step, self._buffered_inputs = rollouts["step"], rollouts["batches"]
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_value_head(self.state.best_model_checkpoint)
+
+    def _load_value_head(self, folder: str) -> None:
+        if self.value_head is None:
+            return
+        self.value_head.requires_grad_(True)  # loading an adapter freezes what is none
+        path = Path(folder, VALUE_HEAD_FILE)
+        if path.exists():
+            self.value_head.load_state_dict(load_file(path))
+        else:
+            logger.warning(f"There is no {VALUE_HEAD_FILE} in {folder}: the value head keeps its weights.")
+
+
+def _datasets(train_dataset: Any, eval_dataset: Any) -> Iterator[tuple[str, Dataset | IterableDataset]]:
+    yield "train", train_dataset
+    if isinstance(eval_dataset, dict):
+        yield from eval_dataset.items()
+    else:
+        yield "eval", eval_dataset
+
+
+def _check_columns(name: str, dataset: Any) -> None:
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return  # GRPOTrainer's constructor says what it accepts
+    columns = get_dataset_column_names(dataset)
+    if "prompt" not in columns:
+        raise ValueError(
+            f"The {name} dataset has the columns {', '.join(columns)}, and completions are generated for a `prompt`, "
+            "a string or a list of messages. Rename the column that holds it; `trl.extract_prompt` takes it out of "
+            "preferences."
+        )
+    if images := {"image", "images"} & set(columns):
+        raise ValueError(
+            f"The {name} dataset has a column `{images.pop()}`. Images are not supported yet: remove it, or use "
+            "GRPOTrainer."
+        )
