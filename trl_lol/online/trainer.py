@@ -349,7 +349,8 @@ class _ActorCriticTrainer(GRPOTrainer):
             torch.save(rollouts, folder / f"rollouts_{self.accelerator.process_index}.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with self._without_value_head():  # which has a file of its own
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_value_head(resume_from_checkpoint)
         path = Path(resume_from_checkpoint, f"rollouts_{self.accelerator.process_index}.pt")
         if path.exists():
@@ -358,7 +359,8 @@ class _ActorCriticTrainer(GRPOTrainer):
                 self._step, self._buffered_inputs = rollouts["step"], rollouts["batches"]
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        with self._without_value_head():
+            super()._load_best_model()
         self._load_value_head(self.state.best_model_checkpoint)
 
     def _load_value_head(self, folder: str) -> None:
