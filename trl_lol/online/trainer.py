@@ -99,6 +99,14 @@ class _ActorCriticTrainer(GRPOTrainer):
             )
         for name, dataset in _datasets(train_dataset, eval_dataset):
             _check_columns(name, dataset)
+        num_prompts = args.generation_batch_size // args.num_generations
+        if isinstance(train_dataset, Dataset) and len(train_dataset) < num_prompts:
+            raise ValueError(
+                f"The train dataset has {len(train_dataset)} prompts, and a generation batch takes {num_prompts}: "
+                f"`generation_batch_size={args.generation_batch_size}` completions, `num_generations="
+                f"{args.num_generations}` of each. TRL drops what does not fill a batch, so nothing would be trained "
+                "on. Lower `per_device_train_batch_size` or `steps_per_generation`, or pass more prompts."
+            )
 
         # GRPOTrainer would load the reference from `config._name_or_path`: for a model in memory, copy that
         beta, reference = args.beta, None
