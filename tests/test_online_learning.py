@@ -1,6 +1,6 @@
 """
-Do the online trainers learn, and do they end where the maths says? Half of a small vocabulary is rewarded, and the exact
-probability that the policy gives it is read off the model.
+Do the online trainers learn, and do they end where the maths says? Half of a small vocabulary is rewarded, and the
+exact probability that the policy gives it is read off the model.
 """
 
 import itertools

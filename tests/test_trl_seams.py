@@ -27,9 +27,11 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, extract_prompt, is_conversational
 from trl.trainer.utils import FusedCausalLMOutput
 
-from trl_lol import ALoLConfig, _trl, score_dataset
+from trl_lol import ALoLConfig, APAConfig, PPOConfig, _trl, score_dataset
 from trl_lol.offline.base_config import _OfflineRewardConfig
 from trl_lol.offline.trainer import _OfflineRewardTrainer
+from trl_lol.online.base_config import _ActorCriticConfig
+from trl_lol.online.trainer import _ActorCriticTrainer
 
 
 def signature(function: Callable) -> str:
@@ -51,6 +53,9 @@ def test_version():
 # ---- Borrowed functions ----
 
 BORROWED = {
+    "FusedCausalLMOutput": "(loss=None, log_probs=None, entropy=None, log_sum_sq_probs=None, mean_logits=None, "
+    "is_top1=None, label_mask=None, aux_loss=None)",
+    "add_fused_lm_head": "(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=('log_probs',))",
     "common_prefix_length": "(ids, other_ids)",
     "disable_gradient_checkpointing": "(model, gradient_checkpointing_kwargs=None)",
     "get_callable_name": "(func)",
@@ -249,7 +254,7 @@ def test_constructor_prepares_datasets_before_an_accelerator_exists():
     before, after = order[: order.index("super().__init__")], order[order.index("super().__init__") :]
     message = "`_prepare_dataset` no longer runs before Trainer's constructor, which is why it asks PartialState"
     assert "self._prepare_dataset" in before and "self._prepare_dataset" not in after, message
-    message = "DPOTrainer no longer loads a missing reference after Trainer's constructor: see `_copy_as_reference`"
+    message = "DPOTrainer no longer loads a missing reference after Trainer's constructor: see `copy_as_reference`"
     assert "create_model_from_path" in after, message
 
 
@@ -460,3 +465,188 @@ def test_reward_functions_get_what_grpo_trainer_passes(tmp_path, tiny_model, tok
         )
         assert all(isinstance(ids, list) and isinstance(ids[0], int) for ids in kwargs["completion_ids"]), message
         assert isinstance(kwargs["trainer_state"], TrainerState), message
+
+
+# ---- GRPOTrainer: what is overridden, and what is called ----
+
+GRPO_INIT = (
+    "(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, processing_class=None, "
+    "reward_processing_classes=None, callbacks=None, optimizers=(None, None), quantization_config=None, "
+    "peft_config=None, tools=None, rollout_func=None, environment_factory=None)"
+)
+
+GRPO_OVERRIDDEN = {
+    "_calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",
+    "_compute_loss": "(self, model, inputs)",
+    "_generate_and_score_completions": "(self, inputs)",
+    "_generate_single_turn": "(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False)",
+    "_get_per_token_logps_and_entropies": "(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, "
+    "compute_entropy=False, compute_aux_loss=False, pixel_values=None, image_grid_thw=None, num_images=None, "
+    "pixel_attention_mask=None, spatial_shapes=None, num_tiles=None, image_sizes=None, token_type_ids=None, "
+    "mm_token_type_ids=None, image_position_ids=None)",
+    "_load_best_model": "(self)",
+    "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
+    "_save": "(self, output_dir=None, state_dict=None)",
+    "_save_checkpoint": "(self, model, trial)",
+    "create_optimizer": "(self, model=None)",
+}
+
+
+def test_grpo_constructor():
+    found = signature(GRPOTrainer.__init__)
+    assert found == GRPO_INIT, (
+        f"`GRPOTrainer.__init__` now takes {found}: `_ActorCriticTrainer` repeats its parameters"
+    )
+    assert signature(_ActorCriticTrainer.__init__) == GRPO_INIT
+
+
+@pytest.mark.parametrize(("name", "expected"), GRPO_OVERRIDDEN.items())
+def test_overridden_methods_of_grpo(name, expected):
+    found = signature(getattr(GRPOTrainer, name))
+    assert found == expected, f"`_ActorCriticTrainer` overrides `GRPOTrainer.{name}`, which now takes {found}"
+
+
+def test_no_other_method_of_grpo_is_overridden():
+    own = {name for name in vars(_ActorCriticTrainer) if not name.startswith("__")}
+    assert {name for name in own if hasattr(GRPOTrainer, name)} - {"_abc_impl"} == GRPO_OVERRIDDEN.keys()
+
+
+def test_grpo_loss_is_scaled():
+    message = "`loss_is_scaled_for_ga` must be True: `_compute_loss` divides by the accumulated steps itself"
+    assert GRPOTrainer.loss_is_scaled_for_ga is True, message
+
+
+@pytest.fixture(scope="module")
+def grpo(tmp_path_factory, tiny_model, tokenizer) -> GRPOTrainer:
+    def reward(completions, **kwargs):
+        return [float(i) for i in range(len(completions))]
+
+    settings = {"beta": 0.1, "num_generations": 2, "max_completion_length": 4, "num_iterations": 2}
+    args = cpu_args(GRPOConfig, tmp_path_factory.mktemp("grpo"), **settings)
+    folder = str(tmp_path_factory.mktemp("policy"))
+    tiny_model().save_pretrained(folder)
+    rows = Dataset.from_dict({"prompt": ["How?", "Why?", "Who?", "When?"]})
+    trainer = GRPOTrainer(folder, reward, args, train_dataset=rows, processing_class=tokenizer)
+    trainer.current_gradient_accumulation_steps = 1  # as inside `train`
+    return trainer
+
+
+def test_attributes_of_grpo_after_construction(grpo):
+    expected = {
+        "aux_loss_enabled": lambda x: x is False,
+        "entropy_coef": lambda x: x == 0.0,
+        "eos_token_ids": lambda x: isinstance(x, list) and all(isinstance(i, int) for i in x),
+        "num_generations": lambda x: x == 2,
+        "num_generations_eval": lambda x: x == 2,
+        "num_iterations": lambda x: x == 2,
+        "reward_funcs": lambda x: len(x) == 1,
+        "reward_weights": lambda x: torch.equal(x, torch.ones(1)),
+        "router_aux_loss_coef": lambda x: x == 0.0,
+        "ref_model": lambda x: isinstance(x, PreTrainedModel),
+        "_buffered_inputs": lambda x: x is None,
+        "_logs": lambda x: x["advantages"].maxlen == 4,
+        "_metrics": lambda x: x.keys() == {"train", "eval"},
+        "_step": lambda x: x == 0,
+    }
+    for name, holds in expected.items():
+        assert hasattr(grpo, name), f"GRPOTrainer no longer has `{name}`, which the online trainers read"
+        assert holds(getattr(grpo, name)), f"`GRPOTrainer.{name}` is {getattr(grpo, name)!r}: not what is relied on"
+
+
+def test_what_grpo_makes_of_a_generation_batch(grpo, monkeypatch):
+    """The old policy's pass comes before the reference's, and rewards and logs are where they are looked for."""
+    passes: list[Any] = []
+    rewards: list[torch.Tensor] = []
+    log_probs, calculate = grpo._get_per_token_logps_and_entropies, grpo._calculate_rewards
+
+    def record_pass(model, *args, **kwargs):
+        passes.append((model is grpo.model, model is grpo.ref_model, len(args), torch.is_grad_enabled()))
+        return log_probs(model, *args, **kwargs)
+
+    def record_rewards(*args):
+        rewards.append(calculate(*args))
+        return rewards[0]
+
+    monkeypatch.setattr(grpo, "_get_per_token_logps_and_entropies", record_pass)
+    monkeypatch.setattr(grpo, "_calculate_rewards", record_rewards)
+    grpo.model.train()
+    batch = grpo._generate_and_score_completions([{"prompt": p} for p in ("How?", "How?", "Why?", "Why?")])
+    message = "GRPOTrainer's scoring of a generation batch has changed, on which the online trainers build: "
+    assert passes == [(True, False, 3, False), (False, True, 3, False)], message + "the order of its forward passes"
+    assert rewards[0].tolist() == [[0.0], [1.0], [2.0], [3.0]], (
+        message + "`_calculate_rewards` returns (rows, functions)"
+    )
+    width = batch["completion_ids"].size(1)
+    shapes = {
+        "prompt_ids": (4, batch["prompt_ids"].size(1)),
+        "prompt_mask": (4, batch["prompt_ids"].size(1)),
+        "completion_ids": (4, width),
+        "completion_mask": (4, width),
+        "old_per_token_logps": (4, width),
+        "ref_per_token_logps": (4, width),
+        "advantages": (4,),
+        "num_items_in_batch": (),
+    }
+    assert {name: tuple(x.shape) for name, x in batch.items()} == shapes, message + "names and shapes"
+    assert batch["num_items_in_batch"] == batch["completion_mask"].sum(), message + "`num_items_in_batch`"
+    assert len(grpo._logs["advantages"]) == 4, message + "the log of completions"
+    assert "frac_reward_zero_std" in grpo._metrics["train"], message + "a metric that is taken out"
+
+
+def test_grpo_counts_steps_and_keeps_rollouts(grpo, monkeypatch):
+    """What a checkpoint in the middle of a generation batch holds: the step, and the batches that are left."""
+    made: list[int] = []
+    rows = torch.arange(4.0)
+    monkeypatch.setattr(
+        grpo,
+        "_generate_and_score_completions",
+        lambda batch: made.append(1) or {"x": rows, "num_items_in_batch": rows[0]},
+    )
+    grpo.model.train()
+    message = (
+        "`GRPOTrainer._prepare_inputs` no longer generates when `_step` is a multiple of the steps per generation"
+    )
+    grpo._step, grpo._buffered_inputs = 0, None
+    assert grpo._prepare_inputs([]).keys() == {"x", "num_items_in_batch"} and len(made) == 1, message
+    assert isinstance(grpo._buffered_inputs, list) and len(grpo._buffered_inputs) == 1, message
+    grpo._step = 1
+    grpo._prepare_inputs([])
+    assert len(made) == 1, message
+    grpo._step = 2
+    grpo._prepare_inputs([])
+    assert len(made) == 2, message
+    grpo._step, grpo._buffered_inputs = 0, None
+
+
+# GRPOConfig's own fields that an online trainer takes. The rest is refused by `_ActorCriticConfig._grpo_only`
+GRPO_TAKEN = """
+    beta cache_implementation cast_lm_head_to_fp32 chat_template_kwargs disable_dropout ds3_gather_for_generation
+    entropy_coef epsilon generation_batch_size generation_kwargs log_completions log_completions_hub_repo
+    log_multimodal log_unique_prompts loss_type mask_truncated_completions max_completion_length min_p
+    model_init_kwargs num_completions_to_print num_generations num_generations_eval num_iterations pad_to_multiple_of
+    repetition_penalty reward_weights router_aux_loss_coef shuffle_dataset steps_per_generation temperature top_k top_p
+    transformers_continuous_batching_config trust_remote_code use_transformers_continuous_batching
+    use_transformers_paged use_vllm vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_group_port
+    vllm_importance_sampling_cap vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
+    vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_max_model_length vllm_mode vllm_model_impl
+    vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_structured_outputs_regex
+    vllm_tensor_parallel_size
+"""
+
+
+def test_grpo_config():
+    theirs = defaults(GRPOConfig).keys() - defaults(TrainingArguments).keys()
+    refused = set(_ActorCriticConfig._grpo_only)
+    assert theirs == refused | set(GRPO_TAKEN.split()), (
+        "the fields of GRPOConfig have changed: decide for each new one whether an online trainer takes it, or lists "
+        "it in `_ActorCriticConfig._grpo_only`"
+    )
+    assert not refused & set(GRPO_TAKEN.split())
+
+
+def test_online_configs_have_the_defaults_of_grpo_config():
+    """Beside the loss, only what the docstrings say differs."""
+    shared = {"loss_type", "beta", "num_generations", "disable_dropout"}
+    for config_class, changed in ((PPOConfig, shared | {"num_iterations"}), (APAConfig, shared)):
+        ours = defaults(config_class)
+        assert {name for name, value in defaults(GRPOConfig).items() if ours[name] != value} == changed

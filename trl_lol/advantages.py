@@ -184,8 +184,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
         where the returns do not vary.
     """
     values, returns = values[mask.bool()], returns[mask.bool()]
-    variance = returns.var(correction=0)
-    return 1 - (returns - values).var(correction=0) / variance.masked_fill(variance == 0, torch.nan)
+    variance, unexplained = ((x - x.mean()).square().mean() for x in (returns, returns - values))
+    return 1 - unexplained / variance.masked_fill(variance == 0, torch.nan)
 
 
 def priority_weights(advantages: Tensor) -> Tensor:

@@ -90,9 +90,11 @@ class APATrainer(_ActorCriticTrainer):
         super().__init__(*args, **kwargs)
         self._is_reference_reset = False
         if (patience := self.args.reset_ref_patience) is not None:
-            if self.eval_dataset is None or isinstance(self.eval_dataset, dict):
-                found = "a dict of them" if self.eval_dataset else "none"
-                raise ValueError(f"`reset_ref_patience` needs one eval dataset to look at, and there is {found}.")
+            if isinstance(self.eval_dataset, dict):
+                raise ValueError(
+                    f"`reset_ref_patience` looks at the reward on one eval dataset, and there are "
+                    f"{len(self.eval_dataset)}: {', '.join(self.eval_dataset)}. Pass one of them."
+                )
             self.add_callback(_ResetReference(self, patience))
 
     def _policy_loss(self, logps: Tensor, inputs: dict[str, Tensor], mask: Tensor) -> Tensor:

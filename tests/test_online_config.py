@@ -1,0 +1,287 @@
+"""Configs of the online trainers, and what their constructors and reward functions are not to be given."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import cpu_args, distance, weights
+from datasets import Dataset
+from transformers import HfArgumentParser, PreTrainedTokenizerFast
+from trl import GRPOConfig
+
+from trl_lol import APAConfig, APATrainer, PPOConfig, PPOTrainer
+from trl_lol.online.base_config import _ActorCriticConfig
+
+
+CONFIGS = [PPOConfig, APAConfig]
+TRAINERS = {PPOConfig: PPOTrainer, APAConfig: APATrainer}
+
+
+def make(config_class: type, **kwargs: Any) -> Any:
+    return cpu_args(config_class, "unused", **kwargs)
+
+
+# ---- Configs ----
+
+
+def test_documented_defaults():
+    shared = {
+        "advantage_estimator": "gae",
+        "gamma": 1.0,
+        "lam": 0.95,
+        "whiten_rewards": False,
+        "value_learning_rate": None,
+        "missing_eos_penalty": None,
+        "num_generations": 1,
+        "disable_dropout": True,
+    }
+    own = {
+        PPOConfig: {
+            "beta": 0.05,
+            "epsilon": 0.2,
+            "num_iterations": 4,
+            "vf_coef": 0.1,
+            "value_epsilon": 0.2,
+            "whiten_advantages": True,
+            "loss_type": "ppo",
+        },
+        APAConfig: {
+            "beta": 0.1,
+            "num_iterations": 1,
+            "vf_coef": 1.0,
+            "value_epsilon": None,
+            "whiten_advantages": False,
+            "loss_type": "apa",
+            "reset_ref_patience": None,
+        },
+    }
+    for config_class, expected in own.items():
+        config = make(config_class)
+        assert {name: getattr(config, name) for name in shared | expected} == shared | expected
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_one_generation_per_prompt(config_class: type):
+    """1 is what GRPOConfig refuses; afterwards it is a plain integer."""
+    with pytest.raises(ValueError, match="at least 2 generations"):
+        make(GRPOConfig, num_generations=1)
+    config = make(config_class, num_generations=1, num_generations_eval=1, eval_strategy="steps", eval_steps=1)
+    assert config.num_generations == 1 and type(config.num_generations) is int
+    assert make(config_class, num_generations=4).num_generations == 4
+    with pytest.raises(ValueError, match="divisible by num_generations"):
+        make(config_class, num_generations=3)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_command_line(config_class: type):
+    parser = HfArgumentParser(config_class)
+    (config,) = parser.parse_args_into_dataclasses(
+        ["--output_dir", "x", "--use_cpu", "--bf16", "False", "--lam", "0.9", "--value_epsilon", "0.3"]
+    )
+    assert (config.lam, config.value_epsilon, config.num_generations) == (0.9, 0.3, 1)
+
+
+GRPO_ONLY = {
+    "delta": 2.0,
+    "epsilon_high": 0.28,
+    "importance_sampling_level": "sequence",
+    "loss_type": "dr_grpo",
+    "multi_objective_aggregation": "normalize_then_sum",
+    "off_policy_mask_threshold": 0.5,
+    "sapo_temperature_neg": 2.0,
+    "scale_rewards": "none",
+    "sync_ref_model": True,
+    "top_entropy_quantile": 0.2,
+    "use_adaptive_entropy": True,
+    "vespo_k_pos": 1.0,
+}
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+@pytest.mark.parametrize(("name", "value"), GRPO_ONLY.items())
+def test_what_means_something_to_grpo_only(config_class: type, name: str, value: Any):
+    with pytest.raises(ValueError, match=f"`{name}="):
+        make(config_class, **{name: value})
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_grpo_defaults_are_no_error(config_class: type):
+    """Also as they are written in scripts: `scale_rewards=True` is GRPO's "group"."""
+    make(config_class, scale_rewards=True, **{n: getattr(GRPOConfig, n) for n in _ActorCriticConfig._grpo_only[:5]})
+
+
+@pytest.mark.parametrize(
+    ("config_class", "kwargs", "message"),
+    [
+        (PPOConfig, {"beta": -0.1}, "must not be negative"),
+        (PPOConfig, {"epsilon": 0.0}, "must be positive"),
+        (PPOConfig, {"loss_type": "apa"}, "PPOConfig accepts 'ppo'"),
+        (APAConfig, {"beta": 0.0}, "must be positive"),
+        (APAConfig, {"epsilon": 0.1}, "`epsilon=0.1` means something to GRPO only|`epsilon=0.1`"),
+        (APAConfig, {"loss_type": "ppo"}, "accepts 'apa' or 'awr'"),
+        (APAConfig, {"reset_ref_patience": 0, "eval_strategy": "steps", "eval_steps": 1}, "at least 1"),
+        (APAConfig, {"reset_ref_patience": 2}, "eval_strategy='no'"),
+        (APAConfig, {"reset_ref_patience": 2, "loss_type": "awr"}, "AWR has none"),
+        *[
+            (config_class, kwargs, message)
+            for config_class in CONFIGS
+            for kwargs, message in [
+                ({"advantage_estimator": "reinforce"}, "Use 'gae' or 'leave_one_out'"),
+                ({"advantage_estimator": "leave_one_out"}, "`num_generations=1`"),
+                ({"advantage_estimator": "leave_one_out", "num_generations": 2, "lam": 0.9}, "`lam=0.9` does nothing"),
+                ({"advantage_estimator": "leave_one_out", "num_generations": 2, "vf_coef": 0.5}, "`vf_coef=0.5`"),
+                ({"gamma": 1.1}, "between 0 and 1"),
+                ({"lam": -0.1}, "between 0 and 1"),
+                ({"missing_eos_penalty": -1.0}, "must be positive"),
+                ({"value_epsilon": 0.0}, "must be positive"),
+                ({"value_learning_rate": 0.0}, "must be positive"),
+                ({"vf_coef": -1.0}, "must not be negative"),
+            ]
+        ],
+    ],
+)
+def test_bad_values(config_class: type, kwargs: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        make(config_class, **kwargs)
+
+
+def test_awr_at_a_small_temperature_warns(caplog: pytest.LogCaptureFixture):
+    make(APAConfig, loss_type="awr", beta=1.0)
+    assert "explodes" not in caplog.text
+    make(APAConfig, loss_type="awr")
+    assert "explodes" in caplog.text
+
+
+# ---- Trainers ----
+
+
+@pytest.fixture(scope="module")
+def prompts(dialogues: Dataset) -> Dataset:
+    return Dataset.from_dict({"prompt": dialogues["prompt"][:16]})
+
+
+@pytest.fixture
+def build(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, tiny_model: Callable[..., Any], prompts: Dataset
+) -> Callable[..., Any]:
+    def make_trainer(config_class: type, reward_funcs: Any = None, train_dataset: Any = prompts, **kwargs: Any) -> Any:
+        names = ("eval_dataset", "tools", "rollout_func", "environment_factory")
+        given = {name: kwargs.pop(name) for name in names if name in kwargs}
+        args = cpu_args(config_class, tmp_path, **({"max_completion_length": 4} | kwargs))
+        return TRAINERS[config_class](
+            tiny_model(), reward_funcs, args, train_dataset, processing_class=tokenizer, **given
+        )
+
+    return make_trainer
+
+
+def constant(completions: list, **kwargs: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_what_is_no_config_of_ours(
+    config_class: type, tmp_path: Path, tiny_model: Callable[..., Any], prompts: Dataset
+):
+    args = cpu_args(GRPOConfig, tmp_path, num_generations=2)
+    with pytest.raises(TypeError, match=f"GRPOConfig, and .* expects {config_class.__name__}"):
+        TRAINERS[config_class](tiny_model(), constant, args, prompts)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+@pytest.mark.parametrize(
+    "given", [{"tools": [constant]}, {"rollout_func": constant}, {"environment_factory": constant}]
+)
+def test_tokens_of_others_are_refused(build: Callable[..., Any], config_class: type, given: dict[str, Any]):
+    with pytest.raises(ValueError, match=f"does not support `{next(iter(given))}`"):
+        build(config_class, constant, **given)
+
+
+def test_no_reward_function(build: Callable[..., Any]):
+    with pytest.raises(ValueError, match="No reward source"):
+        build(PPOConfig)
+
+
+def test_datasets_that_will_not_do(build: Callable[..., Any], prompts: Dataset):
+    with pytest.raises(ValueError, match=r"train dataset has the columns question, answer.*`prompt`"):
+        build(PPOConfig, constant, Dataset.from_dict({"question": ["a"] * 4, "answer": ["b"] * 4}))
+    with pytest.raises(ValueError, match="test dataset has the columns text"):
+        build(PPOConfig, constant, eval_dataset={"test": Dataset.from_dict({"text": ["a"]})})
+    with pytest.raises(ValueError, match="`images`"):
+        build(PPOConfig, constant, prompts.add_column("images", [None] * len(prompts)))
+    # TRL would train on nothing, and say so nowhere
+    with pytest.raises(ValueError, match="16 prompts, and a generation batch takes 32"):
+        build(PPOConfig, constant, per_device_train_batch_size=32)
+    build(PPOConfig, constant, per_device_train_batch_size=32, num_generations=2)
+
+
+def test_reset_needs_one_eval_dataset(build: Callable[..., Any], prompts: Dataset):
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "reset_ref_patience": 1}
+    with pytest.raises(ValueError, match="there are 2: a, b"):
+        build(APAConfig, constant, eval_dataset={"a": prompts, "b": prompts}, **evaluated)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_reward_functions_that_fail_are_named(build: Callable[..., Any], config_class: type):
+    def raises(**kwargs: Any) -> list[float]:
+        raise KeyError("score")
+
+    async def raises_later(**kwargs: Any) -> list[float]:
+        raise KeyError("score")
+
+    def too_few(completions: list, **kwargs: Any) -> list[float]:
+        return [0.0] * (len(completions) - 1)
+
+    def infinite(completions: list, **kwargs: Any) -> list[float]:
+        return [float("inf")] * len(completions)
+
+    def nan(completions: list, **kwargs: Any) -> list[float]:
+        return [float("nan")] * len(completions)
+
+    for func, error, message in (
+        (raises, RuntimeError, "'raises' raised KeyError"),
+        (raises_later, RuntimeError, "'raises_later' raised KeyError"),
+        (too_few, ValueError, "'too_few' returned 3 rewards for 4 completions"),
+        (infinite, ValueError, "'infinite' returned inf"),
+        (nan, ValueError, "'nan' returned nan"),
+    ):
+        trainer = build(config_class, [constant, func])
+        before = weights(trainer)
+        with pytest.raises(error, match=message):
+            trainer.train()
+        assert distance(before, weights(trainer)) == 0
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+@pytest.mark.parametrize("estimator", ["gae", "leave_one_out"])
+def test_completions_that_no_one_scores(build: Callable[..., Any], config_class: type, estimator: str):
+    """None for some trains on the others; None for all changes nothing."""
+    kwargs = {"advantage_estimator": estimator, "num_generations": 2, "learning_rate": 1e-2}
+
+    def none(completions: list, **_: Any) -> list[None]:
+        return [None] * len(completions)
+
+    def some(completions: list, completion_ids: list, **_: Any) -> list[float | None]:
+        return [None if i == 1 else float(i) for i in range(len(completions))]
+
+    trainer = build(config_class, none, **kwargs)
+    before = weights(trainer)
+    trainer.train()
+    assert distance(before, weights(trainer)) == 0
+    trainer = build(config_class, some, **kwargs)
+    trainer.train()
+    assert 0 < distance(before, weights(trainer)) < 1
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_one_function_may_leave_it_to_another(build: Callable[..., Any]):
+    """A weighted sum over those that score, as TRL sums."""
+
+    def even(completions: list, **kwargs: Any) -> list[float | None]:
+        return [1.0 if i % 2 == 0 else None for i in range(len(completions))]
+
+    trainer = build(PPOConfig, [constant, even], reward_weights=[1.0, 3.0], max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["reward"] == pytest.approx((4 + 1) / 2)
