@@ -1,4 +1,4 @@
-"""The README's Python runs as it is shown, on a tiny model."""
+"""The Python of README and docs runs as it is shown, on a tiny model."""
 
 import re
 from pathlib import Path
@@ -11,23 +11,31 @@ import trl_lol
 from trl_lol import toy
 from trl_lol.offline.base_config import _OfflineRewardConfig
 from trl_lol.offline.trainer import _OfflineRewardTrainer
+from trl_lol.online.base_config import _ActorCriticConfig
+from trl_lol.online.trainer import _ActorCriticTrainer
 
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parent.parent
+BLOCKS = {
+    f"{page} {index}": block
+    for page in ("README.md", "docs/from_trl_ppo.md")
+    for index, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL))
+    if "# pip install trl==" not in block  # shows what a script was with another version
+}
 
 
-@pytest.mark.parametrize("index", range(len(BLOCKS)))
-def test_python_blocks_run(index, tmp_path, monkeypatch, tiny_model, tokenizer, pairs):
+@pytest.mark.parametrize("name", BLOCKS)
+def test_python_blocks_run(name, tmp_path, monkeypatch, tiny_model, tokenizer, pairs):
     tiny_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     # What a reader has on a GPU machine and this test has not: bfloat16, and a model of their own
-    monkeypatch.setattr(_OfflineRewardConfig, "__post_init__", _on_cpu(_OfflineRewardConfig.__post_init__))
+    for config in (_OfflineRewardConfig, _ActorCriticConfig):
+        monkeypatch.setattr(config, "__post_init__", _on_cpu(config.__post_init__))
     monkeypatch.chdir(tmp_path)
     reward_model = LlamaForSequenceClassification(LlamaConfig(**tiny_model().config.to_dict() | {"num_labels": 1}))
     reward_model.save_pretrained(tmp_path / "reward")
     tokenizer.save_pretrained(tmp_path / "reward")
-    block = BLOCKS[index].replace("path/or/id/of/a/model", str(tmp_path / "model"))
+    block = BLOCKS[name].replace("path/or/id/of/a/model", str(tmp_path / "model"))
     block = block.replace("path/or/id/of/a/reward/model", str(tmp_path / "reward"))
     namespace = {
         "ALoLTrainer": trl_lol.ALoLTrainer,
@@ -37,9 +45,12 @@ def test_python_blocks_run(index, tmp_path, monkeypatch, tiny_model, tokenizer, 
         "eval_dataset": pairs.select(range(8)),
         "judge": toy.heldout_reward,
     }
-    exec(compile(block, f"README block {index}", "exec"), namespace)
-    assert isinstance(namespace["trainer"], _OfflineRewardTrainer)
-    assert len(namespace["trainer"].train_dataset) > 0
+    exec(compile(block, name, "exec"), namespace)
+    trainer = namespace["trainer"]
+    assert isinstance(trainer, _OfflineRewardTrainer | _ActorCriticTrainer)
+    assert len(trainer.train_dataset) > 0
+    if isinstance(trainer, _ActorCriticTrainer):
+        assert trainer.state.global_step == trainer.state.max_steps > 0
 
 
 def _on_cpu(original):
@@ -51,4 +62,5 @@ def _on_cpu(original):
 
 
 def test_there_is_something_to_run():
-    assert len(BLOCKS) >= 4  # an edit that renames the fences would otherwise leave nothing to run
+    # An edit that renames the fences would otherwise leave nothing to run
+    assert sum(name.startswith("README.md") for name in BLOCKS) >= 5 and "docs/from_trl_ppo.md 1" in BLOCKS

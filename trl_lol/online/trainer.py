@@ -334,12 +334,26 @@ class _ActorCriticTrainer(GRPOTrainer):
     # ---- Optimizer and checkpoints ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        is_given = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        if self.value_head is not None and self.args.value_learning_rate is not None:
-            head = list(self.value_head.parameters())
+        if self.value_head is None:
+            return optimizer
+        head = set(self.value_head.parameters())
+        learning_rate = self.args.value_learning_rate
+        if learning_rate is not None and not is_given:
             for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if all(p is not q for q in head)]
-            optimizer.add_param_group({"params": head, "lr": self.args.value_learning_rate, "weight_decay": 0.0})
+                group["params"] = [p for p in group["params"] if p not in head]
+        # An optimizer that a user has made knows no value head
+        if not any(p in head for group in optimizer.param_groups for p in group["params"]):
+            if self.lr_scheduler is not None:
+                raise ValueError(
+                    "The value head has to be added to the optimizer that you pass, and the scheduler that you pass "
+                    "with it has been made without it. Pass `optimizers=(optimizer, None)` and set "
+                    "`lr_scheduler_type`."
+                )
+            learning_rate = self.args.learning_rate if learning_rate is None else learning_rate
+            group = {"params": list(self.value_head.parameters()), "lr": learning_rate}
+            optimizer.add_param_group(group | {"weight_decay": self.args.weight_decay})
         return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
