@@ -10,6 +10,14 @@ PPO, APA and AWR are those of this package, RLOO and GRPO those of the installed
 that TRL removed in 1.13; it runs in an environment of its own (`--environment`), made if it is missing, with the
 installed versions of torch, transformers, accelerate and datasets.
 
+Each batch of 64 completions is generated for 64 openings (16 with 4 completions each for RLOO and GRPO) and trained on
+as often as the method's config says by default: 4 updates for PPO, 1 for RLOO and GRPO. β is PPO's and RLOO's KL
+coefficient; GRPO divides the rewards by their standard deviation first, which makes the same β weaker. Gradients are
+clipped to norm 1 as by default, which TRL 1.12's PPO does not do.
+
+Learning rates of TRL's methods: of 3e-5, 1e-4, 3e-4 and 1e-3, the one with the highest reward − β KL on the validation
+openings after 3200 completions of seed 100.
+
 Every run is a process of its own, on one thread, which saves policies along the way; they are judged afterwards. Time
 is that of `train()` without the saving; memory (Linux) is the peak over what the process held before it made a model.
 VADER takes none, so that TRL's PPO holds three models here and not the four that it holds with a reward model. What a
@@ -39,18 +47,20 @@ from trl_ppo_stories import RunMeter
 from trl_lol.evaluation import evaluate_policy
 
 
-# Method: package, trainer, config and settings. The learning rates are the best of ... on validation openings.
-METHODS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
-    "PPO": ("trl_lol", "PPOTrainer", "PPOConfig", {"learning_rate": 1e-3, "beta": 0.05}),
-    "APA": ("trl_lol", "APATrainer", "APAConfig", {"learning_rate": 1e-3, "beta": 0.1, "loss_type": "apa"}),
-    "AWR": ("trl_lol", "APATrainer", "APAConfig", {"learning_rate": 1e-3, "beta": 1.0, "loss_type": "awr"}),
-    "RLOO": ("trl", "RLOOTrainer", "RLOOConfig", {"learning_rate": 1e-3, "beta": 0.05, "num_generations": 4}),
-    "GRPO": ("trl", "GRPOTrainer", "GRPOConfig", {"learning_rate": 1e-3, "beta": 0.05, "num_generations": 4}),
-    "TRL 1.12 PPO": ("", "PPOTrainer", "PPOConfig", {"learning_rate": 1e-3, "kl_coef": 0.05}),
-}
 BASELINE = "TRL 1.12 PPO"
 METRICS = {"reward": 3, "kl": 1, "length": 1, "distinct_2": 3}  # and the digits shown
+BETA = 0.05  # of PPO's and RLOO's objective, reward − β KL, by whose final value the learning rates were picked
 HERE = Path(__file__).parent
+
+# Method: package, trainer, config and what is not the config's default
+METHODS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "PPO": ("trl_lol", "PPOTrainer", "PPOConfig", {"learning_rate": 1e-4, "beta": BETA}),
+    "APA": ("trl_lol", "APATrainer", "APAConfig", {"learning_rate": 1e-4, "beta": 0.1, "loss_type": "apa"}),
+    "AWR": ("trl_lol", "APATrainer", "APAConfig", {"learning_rate": 1e-4, "beta": 1.0, "loss_type": "awr"}),
+    "RLOO": ("trl", "RLOOTrainer", "RLOOConfig", {"learning_rate": 1e-4, "beta": BETA, "num_generations": 4}),
+    "GRPO": ("trl", "GRPOTrainer", "GRPOConfig", {"learning_rate": 3e-5, "beta": BETA, "num_generations": 4}),
+    "TRL 1.12 PPO": ("", "PPOTrainer", "PPOConfig", {"learning_rate": 3e-5, "kl_coef": BETA}),
+}
 
 
 def environment(folder: Path) -> Path:
@@ -83,7 +93,7 @@ def specify(name: str, seed: int, overrides: dict[str, Any], args: argparse.Name
         "settings": settings,
         "num_completions": args.num_completions,
         "batch_size": args.batch_size,
-        "judged_batches": judged,
+        "judged_batches": [] if args.no_judge else judged,
         "max_new_tokens": args.max_new_tokens,
         "dtype": args.dtype,
         "split": None if args.no_judge else args.split,
@@ -135,6 +145,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     measured = meter.measure(trainer.train)
     return {
         **measured,
+        "updates_per_batch": config.num_iterations,
         "versions": {name: version(name) for name in ("trl-lol", "trl", "transformers", "torch")},
         "log_history": trainer.state.log_history,
     }
@@ -155,8 +166,7 @@ def judge(policy: str | Path, args: argparse.Namespace, num_generations: int) ->
     )
 
 
-def run(spec: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    folder = args.work_dir / "run"
+def run(spec: dict[str, Any], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     python, script = Path(sys.executable), [HERE / "online_stories.py", "train", "--spec"]
@@ -196,22 +206,25 @@ def mean(values: list[float], digits: int) -> str:
 
 def table(output: Path) -> None:
     results = [json.loads(path.read_text()) for path in sorted(output.glob("runs/*.json"))]
-    baseline = {r["seed"]: r for r in results if label(r) == BASELINE}
+    of_baseline = sorted((r for r in results if r["method"] == BASELINE), key=lambda r: label(r) == BASELINE)
+    baseline = {r["seed"]: r for r in of_baseline}
     by_label: dict[str, list[dict]] = defaultdict(list)
     for r in results:
         by_label[label(r)].append(r)
     order = sorted(by_label, key=lambda name: (list(METHODS).index(by_label[name][0]["method"]), name))
 
-    head = ["method", "reward", "KL, nats", "length", "distinct-2", "samples/s", "ratio", "CPU ratio", "memory, MB",
-            "ratio", "seeds"]  # fmt: skip
+    quality = ["reward", "KL, nats", "length", "distinct-2", f"reward − {BETA} KL"]
+    head = ["method", *quality, "samples/s", "ratio", "CPU ratio", "memory, MB", "ratio", "seeds"]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     judged = [r for r in results if "curve" in r]
     if judged:
         start = judged[0]["curve"][0]
-        lines.append("| reference | " + " | ".join(f"{start[m]:.{d}f}" for m, d in METRICS.items()) + " | " * 6 + "|")
+        lines.append("| reference | " + " | ".join(f"{start[m]:.{d}f}" for m, d in METRICS.items())
+                     + f" | {start['reward']:.3f}" + " | " * 6 + "|")  # fmt: skip
     for name in order:
         rs = by_label[name]
         cells = [mean([r[m] for r in rs], d) if all(m in r for r in rs) else "" for m, d in METRICS.items()]
+        cells.append(mean([r["reward"] - BETA * r["kl"] for r in rs], 3) if all("kl" in r for r in rs) else "")
         pairs = [(r, baseline[r["seed"]]) for r in rs if r["seed"] in baseline]
         ratios = {
             "samples_per_second": [r["samples_per_second"] / b["samples_per_second"] for r, b in pairs],
@@ -242,7 +255,9 @@ def plot(by_label: dict[str, list[dict[str, Any]]], output: Path) -> None:
             means = [(np.mean([p[x] for p in at]), np.mean([p[y] for p in at])) for at in points]
             axis.plot(*zip(*means, strict=True), color=f"C{color}", marker="o", ms=3, label=name)
         axis.set(xlabel=names[x], ylabel=names[y])
-    axes[0].legend()
+    axes[1].set_yscale("symlog", linthresh=1)
+    axes[2].set_xscale("symlog", linthresh=1)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(output / "curves.png", dpi=150)
 
 
@@ -294,7 +309,7 @@ def main() -> None:
                 if changed := [key for key, value in spec.items() if before[key] != value]:
                     raise ValueError(f"{path} is of a run with another {', '.join(changed)}; choose another --output.")
                 continue
-            result = run(spec, args)
+            result = run(spec, args.work_dir / path.stem, args)
             path.write_text(json.dumps(result, indent=1) + "\n")
             shown = (*METRICS, "train_seconds", "peak_memory_mb")
             print(path.stem, *(f"{key} {result[key]:.3f}" for key in shown if key in result), flush=True)

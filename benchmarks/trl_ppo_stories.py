@@ -119,6 +119,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     measured = meter.measure(trainer.train)
     return {
         **measured,
+        "updates_per_batch": trainer.args.num_ppo_epochs,
         "versions": {name: version(name) for name in ("trl", "transformers", "torch")},
         "log_history": trainer.state.log_history,
     }

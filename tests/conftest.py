@@ -145,6 +145,42 @@ def build_trainer(
     return build
 
 
+@pytest.fixture
+def build_online_trainer(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    tiny_model: Callable[..., PreTrainedModel],
+    dialogues: Dataset,
+) -> Callable[..., Any]:
+    """Makes an online trainer for a few steps on the CPU, which generates 6 tokens for each prompt of `dialogues`. What
+    its constructor takes goes there, the rest to its config."""
+
+    def build(
+        trainer_class: type,
+        model: PreTrainedModel | None = None,
+        output_dir: Path = tmp_path,
+        train_dataset: Dataset | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        names = ("peft_config", "eval_dataset", "reward_funcs", "reward_processing_classes", "optimizers", "callbacks")
+        trainer_kwargs = {"reward_funcs": early_tokens}
+        trainer_kwargs |= {name: kwargs.pop(name) for name in names if name in kwargs}
+        return trainer_class(
+            model if model is not None else tiny_model(),
+            args=cpu_args(trainer_class._config_class, output_dir, **({"max_completion_length": 6} | kwargs)),
+            train_dataset=train_dataset if train_dataset is not None else dialogues.select_columns("prompt"),
+            processing_class=tokenizer,
+            **trainer_kwargs,
+        )
+
+    return build
+
+
+def early_tokens(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """A reward that depends on the tokens alone: the share of the first half of the toy world's vocabulary."""
+    return [sum(token < 384 for token in ids) / len(ids) for ids in completion_ids]
+
+
 def cpu_args(config_class: type[Config], output_dir: str | Path, **overrides: Any) -> Config:
     """
     A config for a few steps on the CPU that leaves nothing behind but what the trainer itself writes.

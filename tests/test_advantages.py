@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trl_lol.advantages import BASELINES, gae, masked_whiten, priority_weights, sequence_advantages
+from trl_lol.advantages import (
+    BASELINES,
+    explained_variance,
+    gae,
+    masked_whiten,
+    priority_weights,
+    sequence_advantages,
+    token_rewards,
+)
 
 
 NAN = math.nan
@@ -133,6 +141,70 @@ def test_leave_one_out_is_the_group_mean_rescaled(rows: list[tuple[float, int, f
     group_mean = sequence_advantages(**arguments, baseline="group_mean")
     shrink = tensor([(k - 1) / max(k, 1) for k in size])
     torch.testing.assert_close(leave_one_out * shrink, group_mean, rtol=0, atol=1e-12)
+
+
+# --- Rewards of tokens
+
+
+def test_token_rewards_by_hand() -> None:
+    """β = ½ and log-ratios 2, 4, 6: −1, −2, −3, and the completion's reward on top at its last token. Without any
+    token there is no reward."""
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]])
+    rewards = tensor([10.0, 20.0, -30.0, 40.0])
+    log_ratio = tensor([[2.0, 4.0, 6.0, 9.0], [9.0, 2.0, 9.0, 4.0], [6.0, 9.0, 9.0, 9.0], [9.0, 9.0, 9.0, 9.0]])
+    last = tensor([[0.0, 0.0, 10.0, 0.0], [0.0, 0.0, 0.0, 20.0], [-30.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    penalty = tensor([[1.0, 2.0, 3.0, 0.0], [0.0, 1.0, 0.0, 2.0], [3.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    for m in (mask, mask.bool(), mask.double()):
+        assert torch.equal(token_rewards(rewards, m, log_ratio, beta=0.5), last - penalty)
+        assert torch.equal(token_rewards(rewards, m, log_ratio), last)
+        assert torch.equal(token_rewards(rewards, m), last)
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_token_rewards_ignore_what_padding_holds(garbage: float) -> None:
+    """Also the reward of a completion without tokens, which is how an unscored one looks."""
+    rewards, _ = gae_inputs()
+    of_completion, padding = rewards[:, 0].clone(), GAE_MASK == 0
+    clean = token_rewards(of_completion, GAE_MASK, rewards, beta=0.5)
+    of_completion[~GAE_MASK.bool().any(dim=1)] = garbage
+    assert torch.equal(token_rewards(of_completion, GAE_MASK, rewards.masked_fill(padding, garbage), beta=0.5), clean)
+    assert clean.isfinite().all() and (clean[padding] == 0).all()
+    of_completion[0] = garbage  # control
+    assert not torch.equal(token_rewards(of_completion, GAE_MASK, rewards, beta=0.5), clean)
+
+
+def test_token_rewards_add_up() -> None:
+    """R − β Σ_t ln(π_old/π_ref), which is what leave-one-out takes for the reward of the completion."""
+    log_ratio, noise = gae_inputs()
+    total = token_rewards(noise[:, 0], GAE_MASK, log_ratio, beta=0.3).sum(dim=1)
+    expected = noise[:, 0] - 0.3 * (log_ratio * GAE_MASK).sum(dim=1)
+    expected[~GAE_MASK.bool().any(dim=1)] = 0.0
+    torch.testing.assert_close(total, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_explained_variance_by_hand(garbage: float) -> None:
+    """
+    Returns 1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9)/4 = 14/4. Values 1, 1, 4, 4 leave 0, 1, −1, 2: mean ½,
+    variance (1 + 1 + 9 + 9)/16 = 20/16, so 1 − 20/56 = 9/14. An error that is the same everywhere costs nothing.
+    """
+    mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
+    returns = tensor([[1.0, 2.0, garbage], [3.0, garbage, 6.0]])
+    values = tensor([[1.0, 1.0, garbage], [4.0, garbage, 4.0]])
+    for v, expected in (
+        (values, 9 / 14),
+        (values + 5, 9 / 14),
+        (returns, 1.0),
+        (torch.full_like(values, 2.5), 0.0),
+        (-returns, -3.0),  # the residual is twice the return
+    ):
+        assert explained_variance(v, returns, mask).item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_explained_variance_of_returns_that_do_not_vary(count: int) -> None:
+    mask = torch.arange(6).view(2, 3) < count
+    assert explained_variance(torch.rand(2, 3), torch.full((2, 3), 0.5), mask).isnan()
 
 
 # --- Generalised advantage estimation

@@ -1,17 +1,28 @@
 """The value head: invariances, what it learns, what it must not learn, and the estimator around it."""
 
+import dataclasses
+import inspect
+import logging
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import LORA
+from peft import get_peft_model
+from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
 from trl_lol.value import (
+    VALUE_HEAD_KEYS,
     PromptValueHead,
+    StateValueHead,
+    ValueCausalLMOutput,
     ValueEstimator,
+    add_value_head,
     cross_fit_values,
     fit_value_head,
     predict_values,
@@ -231,3 +242,119 @@ def test_heads_fit_narrow_models():
     head = PromptValueHead(6)
     assert head.attention.num_heads == 2
     assert head(torch.randn(3, 4, 6), torch.ones(3, 4)).shape == (3,)
+
+
+# --- Values of states, online
+
+
+@pytest.fixture
+def with_head(tiny_model):
+    """A model with TRL's fused head and a value head that has left zero, and its ids and labels."""
+    model = tiny_model().eval()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    head = add_value_head(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        head.linear.weight.normal_(generator=generator)
+        head.linear.bias.fill_(0.25)
+    ids = torch.randint(6, 700, (3, 7), generator=generator)
+    mask = torch.tensor([[1] * 7, [0, 0] + [1] * 5, [1] * 4 + [0] * 3])
+    return model, {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def test_state_values_are_a_linear_function_in_float32():
+    """0 until trained; then w·h + b with w = 1, b = ½: 1 + 2 + 3 + ½ and 0 − 1 + 1 + ½."""
+    head = StateValueHead(3)
+    hidden = torch.tensor([[[1.0, 2.0, 3.0], [0.0, -1.0, 1.0]]])
+    assert torch.equal(head(hidden), torch.zeros(1, 2))
+    torch.nn.init.ones_(head.linear.weight)
+    torch.nn.init.constant_(head.linear.bias, 0.5)
+    assert torch.equal(head(hidden), torch.tensor([[6.5, 0.5]]))
+    # bfloat16 has 8 bits: 256 + 1 is 256 there
+    hidden = torch.tensor([[[256.0, 1.0, 0.0]]], dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert head(hidden).dtype == torch.float32 and head(hidden).item() == 257.5
+        assert torch.nn.functional.linear(hidden, head.linear.weight).item() == 256.0  # control
+
+
+def test_values_and_log_probabilities_come_from_one_forward(with_head):
+    model, inputs = with_head
+    with torch.no_grad():
+        hidden = model.model(**{n: inputs[n] for n in ("input_ids", "attention_mask")}).last_hidden_state
+        plain = model(**inputs, fused_lm_head=True)
+    forwards = []
+    model.model.register_forward_hook(lambda *args: forwards.append(args))
+    outputs = model(**inputs, fused_lm_head=True, return_values=True)
+    assert len(forwards) == 1
+    assert isinstance(outputs, ValueCausalLMOutput) and type(plain) is not ValueCausalLMOutput
+    expected = hidden.double() @ model.value_head.linear.weight.double().T + 0.25
+    torch.testing.assert_close(outputs.state_values.double(), expected.squeeze(-1), rtol=1e-5, atol=1e-5)
+    assert outputs.state_values.std() > 0.1
+    for name in plain:
+        assert torch.equal(outputs[name], plain[name]), name
+    # Both reach the trunk
+    for output in (outputs.log_probs, outputs.state_values):
+        (gradient,) = torch.autograd.grad(output.sum(), model.model.embed_tokens.weight, retain_graph=True)
+        assert gradient.abs().max() > 0
+
+
+def test_the_values_field_is_one_that_ddp_finds(with_head):
+    """DDP walks over what the output holds, which for a model output are its declared fields."""
+    model, inputs = with_head
+    outputs = model(**inputs, fused_lm_head=True, return_values=True)
+    assert "state_values" in {field.name for field in dataclasses.fields(outputs)}
+    assert any(value is outputs.state_values for value in outputs.values())  # which is a method, hence the name
+
+
+def test_without_return_values_nothing_has_changed(with_head, tiny_model):
+    model, inputs = with_head
+    bare = tiny_model().eval()
+    with torch.no_grad():
+        ours, expected = model(**inputs), bare(**inputs)
+        assert torch.equal(ours.logits, expected.logits) and torch.equal(ours.loss, expected.loss)
+        generate = {"max_new_tokens": 4, "do_sample": False}
+        prompt = {"input_ids": inputs["input_ids"][:1]}
+        assert torch.equal(model.generate(**prompt, **generate), bare.generate(**prompt, **generate))
+    assert "return_values" not in inspect.signature(model.forward).parameters
+    with pytest.raises(ValueError, match="not used by the model"):  # `generate` still validates
+        model.generate(**prompt, **generate, no_such_argument=1)
+
+
+def test_the_hook_goes_also_after_an_error(with_head):
+    model, inputs = with_head
+    for _ in range(2):
+        with pytest.raises(ValueError, match="exactly one"):
+            model(**inputs, fused_lm_head=True, return_values=True, inputs_embeds=0)
+        model(**inputs, fused_lm_head=True, return_values=True)
+    assert not model.base_model._forward_hooks
+
+
+def test_the_head_is_not_saved_with_the_model(with_head, tmp_path, caplog):
+    model, inputs = with_head
+    assert {n for n, _ in model.named_parameters() if "value_head" in n} == set(VALUE_HEAD_KEYS)
+    model.save_pretrained(tmp_path)
+    assert not any("value_head" in name for name in load_file(tmp_path / "model.safetensors"))
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_values_through_an_adapter(with_head):
+    """The wrapper passes the argument on, and the values are those of the adapted trunk."""
+    model, inputs = with_head
+    inputs |= {"fused_lm_head": True, "return_values": True}
+    with torch.no_grad():
+        base = model(**inputs).state_values
+        adapted = get_peft_model(model, LORA)
+        assert torch.equal(adapted(**inputs).state_values, base)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+        assert not torch.allclose(adapted(**inputs).state_values, base, atol=1e-2)
+        with adapted.disable_adapter():
+            assert torch.equal(adapted(**inputs).state_values, base)

@@ -1,3 +1,4 @@
+import copy
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,10 @@ class APATrainer(_ActorCriticTrainer):
         policy = self.accelerator.unwrap_model(self.model)
         if is_peft_model(policy):
             if "ref" not in policy.peft_config:
-                policy.add_adapter("ref", policy.peft_config["default"])
+                config = copy.copy(policy.peft_config["default"])
+                if hasattr(config, "init_lora_weights"):
+                    config.init_lora_weights = True  # what is copied over; PiSSA and others would change base weights
+                policy.add_adapter("ref", config)
                 if self.value_head is not None:
                     self.value_head.requires_grad_(True)  # PEFT freezes what is no adapter
             for name, parameter in policy.named_parameters():

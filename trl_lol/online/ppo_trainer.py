@@ -74,6 +74,7 @@ class PPOTrainer(_ActorCriticTrainer):
 
     def _policy_loss(self, logps: Tensor, inputs: dict[str, Tensor], mask: Tensor) -> Tensor:
         old_logps, advantages, epsilon = inputs["old_per_token_logps"], inputs["advantages"], self.args.epsilon
+        advantages = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
         ratio = (logps.detach() - old_logps).exp()
         is_low_clipped = (ratio < 1 - epsilon) & (advantages < 0)
         is_high_clipped = (ratio > 1 + epsilon) & (advantages > 0)
