@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -14,17 +15,29 @@ from datasets import Dataset, DatasetDict, load_dataset
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
 from trl import (
     DPOConfig,
     DPOTrainer,
     ModelConfig,
+    RLOOConfig,
+    RLOOTrainer,
     ScriptArguments,
     SFTConfig,
     SFTTrainer,
     TrlParser,
+    apply_chat_template,
     get_peft_config,
     get_quantization_config,
+    is_conversational,
 )
 
 from trl_lol import toy
@@ -40,9 +53,9 @@ from matplotlib import pyplot as plt
 
 
 @dataclass
-class SharedArguments(ScriptArguments):
+class BaseArguments(ScriptArguments):
     """
-    Arguments of every offline recipe.
+    Arguments of every recipe.
 
     Args:
         toy_prompts (`int`, *optional*, defaults to `1200`):
@@ -55,16 +68,8 @@ class SharedArguments(ScriptArguments):
             Number of steps of supervised fine-tuning on all completions that make the reference policy.
         reference_learning_rate (`float`, *optional*, defaults to `2e-3`):
             Learning rate of that fine-tuning.
-        dpo_learning_rate (`float`, *optional*):
-            Learning rate of DPO. If `None`, a tenth of the learning rate.
-        dpo_beta (`float`, *optional*, defaults to `0.1`):
-            KL coefficient of DPO.
         max_eval_prompts (`int`, *optional*, defaults to `200`):
             Number of test prompts to generate on at most.
-        num_generations (`int`, *optional*, defaults to `2`):
-            Number of answers per test prompt that a policy is judged by.
-        max_new_tokens (`int`, *optional*, defaults to `64`):
-            Number of tokens of an answer at most.
     """
 
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id or folder. If `None`, the toy world."})
@@ -73,11 +78,69 @@ class SharedArguments(ScriptArguments):
     max_test_rows: int = field(default=200, metadata={"help": "Number of test rows to use at most."})
     reference_sft_steps: int = field(default=0, metadata={"help": "SFT steps that make the reference policy."})
     reference_learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of these steps."})
+    max_eval_prompts: int = field(default=200, metadata={"help": "Number of test prompts to generate on at most."})
+
+
+@dataclass
+class SharedArguments(BaseArguments):
+    """
+    Arguments of every offline recipe, beside those of [`BaseArguments`].
+
+    Args:
+        dpo_learning_rate (`float`, *optional*):
+            Learning rate of DPO. If `None`, a tenth of the learning rate.
+        dpo_beta (`float`, *optional*, defaults to `0.1`):
+            KL coefficient of DPO.
+        num_generations (`int`, *optional*, defaults to `2`):
+            Number of answers per test prompt that a policy is judged by.
+        max_new_tokens (`int`, *optional*, defaults to `64`):
+            Number of tokens of an answer at most.
+    """
+
     dpo_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of DPO."})
     dpo_beta: float = field(default=0.1, metadata={"help": "KL coefficient of DPO."})
-    max_eval_prompts: int = field(default=200, metadata={"help": "Number of test prompts to generate on at most."})
     num_generations: int = field(default=2, metadata={"help": "Answers per test prompt."})
     max_new_tokens: int = field(default=64, metadata={"help": "Number of tokens of an answer at most."})
+
+
+@dataclass
+class OnlineArguments(BaseArguments):
+    """
+    Arguments of every online recipe, beside those of [`BaseArguments`].
+
+    Args:
+        reward_model (`str`, *optional*):
+            Sequence-classification reward model to train on, for data of yours.
+        judge_model (`str`, *optional*):
+            Another one to judge by, which nothing is trained on.
+        compare (`list[str]`, *optional*, defaults to `["sft", "rloo"]`):
+            Methods to train with the same number of completions, for comparison: `"sft"` on the chosen ones, and
+            `"rloo"`, TRL's.
+        reference_sft_batch_size (`int`, *optional*, defaults to `16`):
+            Number of completions per step of supervised fine-tuning, on each process.
+        sft_learning_rate (`float`, *optional*):
+            Learning rate of SFT. If `None`, the learning rate.
+        rloo_learning_rate (`float`, *optional*):
+            Learning rate of RLOO. If `None`, the learning rate.
+        rloo_beta (`float`, *optional*, defaults to `0.05`):
+            KL coefficient of RLOO.
+        rloo_num_generations (`int`, *optional*, defaults to `4`):
+            Number of completions per prompt of RLOO.
+        num_answers (`int`, *optional*, defaults to `2`):
+            Number of answers per test prompt that a policy is judged by.
+    """
+
+    reward_model: str | None = field(default=None, metadata={"help": "Reward model to train on."})
+    judge_model: str | None = field(default=None, metadata={"help": "Another reward model, to judge by."})
+    compare: list[str] = field(
+        default_factory=lambda: ["sft", "rloo"], metadata={"help": "Methods to compare with: 'sft', 'rloo'."}
+    )
+    reference_sft_batch_size: int = field(default=16, metadata={"help": "Completions per SFT step on each process."})
+    sft_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of SFT."})
+    rloo_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of RLOO."})
+    rloo_beta: float = field(default=0.05, metadata={"help": "KL coefficient of RLOO."})
+    rloo_num_generations: int = field(default=4, metadata={"help": "Completions per prompt of RLOO."})
+    num_answers: int = field(default=2, metadata={"help": "Answers per test prompt."})
 
 
 def parse(recipe_class: type, config_class: type, toy_config: Path) -> tuple[Any, Any, ModelConfig]:
@@ -100,7 +163,7 @@ def announce(what: str) -> None:
 # ---- Data ----
 
 
-def load_toy(recipe: SharedArguments, seed: int) -> tuple[DatasetDict, PreTrainedModel, PreTrainedTokenizerBase]:
+def load_toy(recipe: BaseArguments, seed: int) -> tuple[DatasetDict, PreTrainedModel, PreTrainedTokenizerBase]:
     """Dialogues, an untrained model and a tokenizer of the embedded world."""
     dialogues = toy.make_dialogues(recipe.toy_prompts + recipe.max_test_rows, seed=seed)
     train, test = dialogues.select(range(recipe.toy_prompts)), dialogues.skip(recipe.toy_prompts)
@@ -108,7 +171,7 @@ def load_toy(recipe: SharedArguments, seed: int) -> tuple[DatasetDict, PreTraine
     return DatasetDict(train=train, test=test), toy.make_model(tokenizer, seed), tokenizer
 
 
-def load_splits(recipe: SharedArguments) -> DatasetDict:
+def load_splits(recipe: BaseArguments) -> DatasetDict:
     """Training and test rows from the Hub or a folder."""
     splits = load_dataset(recipe.dataset_name, name=recipe.dataset_config)
     if recipe.dataset_test_split in splits:
@@ -116,7 +179,7 @@ def load_splits(recipe: SharedArguments) -> DatasetDict:
     return splits[recipe.dataset_train_split].train_test_split(test_size=0.1, seed=0)  # hold out a tenth
 
 
-def limit(rows: DatasetDict, recipe: SharedArguments) -> DatasetDict:
+def limit(rows: DatasetDict, recipe: BaseArguments) -> DatasetDict:
     """The first rows of each split, as many as asked for."""
     if recipe.max_train_rows is not None:
         rows["train"] = rows["train"].take(min(recipe.max_train_rows, len(rows["train"])))
@@ -148,8 +211,8 @@ def as_completions(rows: Dataset, chosen_only: bool) -> Dataset:
 class Setup:
     """What the trainers of one run share."""
 
-    recipe: SharedArguments
-    args: DPOConfig
+    recipe: BaseArguments
+    args: TrainingArguments
     model_args: ModelConfig
     model: str | PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -161,7 +224,7 @@ class Setup:
     )  # fmt: skip
 
     @classmethod
-    def from_path(cls, recipe: SharedArguments, args: DPOConfig, model_args: ModelConfig) -> "Setup":
+    def from_path(cls, recipe: BaseArguments, args: TrainingArguments, model_args: ModelConfig) -> "Setup":
         """The model that is named on the command line."""
         args.model_init_kwargs = {
             "dtype": model_args.dtype,
@@ -174,7 +237,7 @@ class Setup:
 
     def config(self, config_class: type, name: str, **overrides: Any) -> Any:
         """Config of a method that is compared with, from the fields that it shares with the recipe's own."""
-        shared = {field: getattr(self.args, field) for field in self.SHARED}
+        shared = {field: getattr(self.args, field) for field in self.SHARED if hasattr(self.args, field)}
         return config_class(f"{self.args.output_dir}/{name}", **{**shared, "save_strategy": "no", **overrides})
 
     def trainer_kwargs(self) -> dict[str, Any]:
@@ -233,7 +296,61 @@ def train_dpo(pairs: Dataset, setup: Setup, name: str, **overrides: Any) -> PreT
     return trainer.model
 
 
+def train_rloo(prompts: Dataset, reward: "RewardFunc | str", setup: Setup, **overrides: Any) -> PreTrainedModel:
+    """TRL's RLOO on as many completions, in as many batches, each trained on once: its ratio is of whole sequences."""
+    recipe, args = setup.recipe, setup.args
+    same = (
+        "max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs",
+        "generation_batch_size", "use_vllm", "vllm_mode", "vllm_gpu_memory_utilization",
+    )  # fmt: skip
+    config = setup.config(
+        RLOOConfig,
+        "rloo",
+        **{name: getattr(args, name) for name in same},
+        **{"beta": recipe.rloo_beta, "num_generations": recipe.rloo_num_generations, **overrides},
+    )
+    trainer = RLOOTrainer(setup.model, reward, args=config, train_dataset=prompts, **setup.trainer_kwargs())
+    trainer.train()
+    return trainer.model
+
+
 # ---- Judging ----
+
+
+def scores_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 16) -> RewardFunc:
+    """A sequence-classification model as a reward function. It reads what TRL's trainers would give it to read."""
+
+    @torch.inference_mode()
+    def score(prompts: list, completions: list, **columns: Any) -> list[float]:
+        pairs = zip(prompts, completions, strict=True)
+        if is_conversational({"prompt": prompts[0]}):
+            texts = [apply_chat_template({"messages": p + c}, tokenizer)["text"] for p, c in pairs]
+        else:
+            texts = [p + c for p, c in pairs]
+        scores: list[float] = []
+        for start in range(0, len(texts), batch_size):
+            batch = texts[start : start + batch_size]
+            inputs = tokenizer(
+                batch, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt"
+            )
+            scores += model(**inputs.to(model.device)).logits[:, 0].tolist()
+        return scores
+
+    return score
+
+
+def load_judge(setup: Setup) -> RewardFunc | None:
+    """The reward model that nothing is trained on."""
+    name = setup.recipe.judge_model
+    if name is None:
+        return None
+    dtype = setup.args.model_init_kwargs["dtype"]
+    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return scores_of(model.to(setup.args.device).eval(), tokenizer)
 
 
 class Comparison:
@@ -253,6 +370,10 @@ class Comparison:
             Whether to measure how the policies rank the completions of the held-out rows.
         train_reward (`Callable`, *optional*):
             The reward that is trained on, where it is another than the judge's. What rises in it alone is not better.
+        num_generations (`int`, *optional*):
+            Number of answers per prompt. If `None`, the recipe's `num_generations`.
+        max_new_tokens (`int`, *optional*):
+            Number of tokens of an answer at most. If `None`, the recipe's `max_new_tokens`.
     """
 
     def __init__(
@@ -263,7 +384,11 @@ class Comparison:
         reward_func: RewardFunc | None,
         is_ranking: bool = True,
         train_reward: RewardFunc | None = None,
+        num_generations: int | None = None,
+        max_new_tokens: int | None = None,
     ) -> None:
+        self.num_generations = num_generations or setup.recipe.num_generations
+        self.max_new_tokens = max_new_tokens or setup.recipe.max_new_tokens
         self.setup, self.test, self.is_ranking = setup, test, is_ranking
         self.reward_func, self.train_reward = reward_func, train_reward
         self.results: dict[str, dict[str, float]] = {}
@@ -298,8 +423,8 @@ class Comparison:
             self.reward_func or unscored,
             ref_model=self.reference,
             columns={column: [values[row] for row in rows] for column, values in columns.items()},
-            num_generations=recipe.num_generations,
-            max_new_tokens=recipe.max_new_tokens,
+            num_generations=self.num_generations,
+            max_new_tokens=self.max_new_tokens,
             seed=self.setup.args.seed,
         )
         self.samples[name] = result.pop("samples")
@@ -315,7 +440,7 @@ class Comparison:
         """Table, answers and the distribution of rewards, in the output directory."""
         output_dir = Path(self.setup.args.output_dir)
         write_results(self.results, output_dir)
-        write_samples(self.samples, self.setup.recipe.num_generations, output_dir)
+        write_samples(self.samples, self.num_generations, output_dir)
         plot_rewards(self.samples, output_dir)
 
 
@@ -390,3 +515,112 @@ def plot_rewards(samples: dict[str, list[dict[str, Any]]], output_dir: Path) -> 
         axis.set(xlabel="held-out reward", ylabel="part of the answers below", title="Answers to held-out prompts")
         axis.legend(loc="upper left", fontsize="small", framealpha=0.6)
         figure.savefig(output_dir / "rewards.png", dpi=150)
+
+
+def plot_online(trainer: Trainer, output_dir: Path) -> None:
+    """What the policy gets while it trains, what it pays for that, and how well the critic foresees it."""
+    titles = {
+        "reward": "Reward that is trained on",
+        "kl/completion": "KL, nats per completion",
+        "completions/mean_length": "Tokens per completion",
+        "explained_variance": "Variance of the returns that the values explain",
+    }
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
+    for axis, (name, title) in zip(axes.flat, titles.items(), strict=True):
+        logs = [log for log in trainer.state.log_history if name in log]
+        axis.plot([log["step"] for log in logs], [log[name] for log in logs], marker=".")
+        axis.set(xlabel="step", title=title)
+    figure.savefig(output_dir / "training.png", dpi=150)
+
+
+# ---- The online recipes ----
+
+
+def run_online(
+    trainer_class: type,
+    config_class: type,
+    method: str,
+    toy_config: Path,
+    load_rows: Callable[[OnlineArguments], DatasetDict],
+) -> None:
+    """
+    Train on new answers to prompts, scored by a reward function or model, and compare with the reference, SFT and
+    TRL's RLOO.
+
+    Args:
+        trainer_class (`type`):
+            Class of the trainer.
+        config_class (`type`):
+            Class of its config, whose fields are arguments of the recipe.
+        method (`str`):
+            What the tables call it.
+        toy_config (`Path`):
+            Config that is used without arguments.
+        load_rows (`Callable`):
+            Reads the data that is named in the arguments.
+    """
+    recipe, args, model_args = parse(OnlineArguments, config_class, toy_config)
+    if recipe.dataset_name is not None and recipe.reward_model is None:
+        raise ValueError("The answers need a reward. Give `--reward_model`, a sequence-classification model.")
+    if recipe.dataset_name is None and (recipe.reward_model or recipe.judge_model):
+        raise ValueError("The embedded world has rewards of its own. Give `--dataset_name`, or no reward model.")
+    is_main = PartialState().is_main_process
+    output_dir = Path(args.output_dir)
+
+    # The data, and the policy that everything starts from
+    if recipe.dataset_name is None:
+        dialogues, model, tokenizer = load_toy(recipe, args.seed)
+        rows = DatasetDict({name: toy.preference_pairs(split, seed=args.seed) for name, split in dialogues.items()})
+        setup = Setup(recipe, args, model_args, model, tokenizer)
+        reward, judge = toy.oracle_reward, toy.heldout_reward
+    else:
+        rows = load_rows(recipe)
+        setup = Setup.from_path(recipe, args, model_args)
+        reward, judge = recipe.reward_model, load_judge(setup)
+    setup.make_reference(rows["train"], per_device_train_batch_size=recipe.reference_sft_batch_size)
+    prompts = rows["train"].map(
+        lambda row: {"prompt": row["prompt"] if "prompt" in row else as_group(row).prompt},
+        remove_columns=[name for name in rows["train"].column_names if name != "prompt"],
+    )
+
+    announce(f"{method}: training")
+    trainer = trainer_class(setup.model, reward, args=args, train_dataset=prompts, **setup.trainer_kwargs())
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    if is_main:
+        trainer.create_model_card(model_name=output_dir.name)
+
+    if isinstance(reward, str):
+        train_reward = scores_of(trainer.reward_funcs[0], trainer.reward_processing_classes[0])
+    else:
+        train_reward = reward
+    comparison = Comparison(
+        setup, rows["test"], trainer.model, judge, False, train_reward, recipe.num_answers, args.max_completion_length
+    )
+    num_batches = trainer.state.max_steps * args.gradient_accumulation_steps
+    if "sft" in recipe.compare and "chosen" in rows["train"].column_names:
+        announce("For comparison: SFT on chosen completions")
+        # As many completions as are generated: each of them is trained on `num_iterations` times
+        num_completions = num_batches * args.per_device_train_batch_size // args.num_iterations
+        batch_size = recipe.reference_sft_batch_size
+        policy = train_sft(
+            as_completions(rows["train"], chosen_only=True),
+            setup,
+            "sft",
+            max_steps=max(num_completions // (batch_size * args.gradient_accumulation_steps), 1),
+            learning_rate=recipe.sft_learning_rate or args.learning_rate,
+            per_device_train_batch_size=batch_size,
+        )
+        comparison.add("SFT on chosen", policy)
+    if "rloo" in recipe.compare:
+        announce("For comparison: TRL's RLOO")
+        learning_rate = recipe.rloo_learning_rate or args.learning_rate
+        max_steps = max(trainer.state.max_steps // args.num_iterations, 1)
+        policy = train_rloo(prompts, reward, setup, max_steps=max_steps, learning_rate=learning_rate)
+        comparison.add("RLOO", policy)
+    announce(f"{method}: answers")
+    comparison.add(method, trainer.model)
+    if is_main:
+        comparison.write()
+        plot_online(trainer, output_dir)
+        print(f"Model, table, answers and plots are in {output_dir}.")

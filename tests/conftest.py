@@ -152,8 +152,8 @@ def build_online_trainer(
     tiny_model: Callable[..., PreTrainedModel],
     dialogues: Dataset,
 ) -> Callable[..., Any]:
-    """Makes an online trainer for a few steps on the CPU, which generates 6 tokens for each prompt of `dialogues`. What
-    its constructor takes goes there, the rest to its config."""
+    """Makes an online trainer for a few steps on the CPU, which generates 6 tokens for each prompt of `dialogues`.
+    What its constructor takes goes there, the rest to its config."""
 
     def build(
         trainer_class: type,

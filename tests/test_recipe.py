@@ -3,18 +3,22 @@
 import json
 import re
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 import alol_hh
+import apa_hh
 import common
 import copg_gsm8k
+import ppo_hh
 
 
 needs_math_verify = pytest.mark.skipif(find_spec("math_verify") is None, reason="math-verify is not installed")
@@ -149,3 +153,96 @@ def test_prompts_and_a_verifier_are_enough(tmp_path, monkeypatch, tiny_model, to
     assert {"reference", "CoPG"} <= results.keys() and results["CoPG"]["reward"] >= 0
     assert list((tmp_path / "out" / "_cache").glob("completions*"))
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def run_recipe(monkeypatch, recipe, options):
+    command = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", [f"{recipe.__name__}.py", *command])
+    recipe.main()
+
+
+@pytest.mark.parametrize(("recipe", "method"), [(ppo_hh, "PPO"), (apa_hh, "APA")])
+def test_online_on_the_embedded_world(tmp_path, monkeypatch, recipe, method):
+    """8 completions per batch and 2 passes in minibatches of 4: 4 updates, from the YAML of the recipe itself."""
+    monkeypatch.setattr(common.toy, "make_model", partial(common.toy.make_model, hidden_size=32))
+    options = {
+        "config": recipe.TOY_CONFIG, "output_dir": tmp_path / "out", "toy_prompts": 60, "max_test_rows": 3,
+        "reference_sft_steps": 1, "max_completion_length": 4, "num_answers": 1, "max_steps": 4, "use_cpu": True,
+        "per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 2, "logging_steps": 1,
+    }  # fmt: skip
+    run_recipe(monkeypatch, recipe, options)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results) == ["reference", "SFT on chosen", "RLOO", method]
+    assert results["reference"]["kl"] == 0 != results[method]["kl"]
+    assert all(0 <= x["reward"] <= 1 and -3 <= x["train_reward"] <= 3 for x in results.values())
+    assert all(x["length"] <= 4 for x in results.values())
+    assert (tmp_path / "out" / "training.png").exists() and (tmp_path / "out" / "value_head.safetensors").exists()
+    assert not list((tmp_path / "out").glob("**/checkpoint-*"))
+
+
+@pytest.fixture
+def reward_model(tmp_path, tokenizer):
+    """Makes a tiny reward model in a folder, with scores of about ±`scale` / 10."""
+
+    def make(seed, scale=1.0):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=1, num_labels=1, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        model = LlamaForSequenceClassification(config).eval()
+        model.score.weight.data *= scale
+        model.save_pretrained(tmp_path / f"reward{seed}")
+        tokenizer.save_pretrained(tmp_path / f"reward{seed}")
+        return model, tmp_path / f"reward{seed}"
+
+    return make
+
+
+def test_reward_models_train_and_judge(tmp_path, monkeypatch, tiny_model, tokenizer, pairs, reward_model):
+    """From a folder with preferences, with LoRA. The judge's scores are a thousand times as large, so that the two are
+    told apart."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for split, rows in (("train", pairs.take(8)), ("test", pairs.skip(100).take(4))):
+        rows.to_json(tmp_path / "data" / f"{split}.jsonl")
+    (_, folder), (_, judge_folder) = reward_model(0), reward_model(1, scale=1000.0)
+    options = {
+        "config": Path(ppo_hh.__file__).parent / "configs" / "ppo_hh_lora.yaml", "output_dir": tmp_path / "out",
+        "dataset_name": tmp_path / "data", "model_name_or_path": tmp_path / "model", "reward_model": folder,
+        "judge_model": judge_folder, "max_completion_length": 4, "max_steps": 1, "use_cpu": True, "bf16": False,
+        "dtype": "float32", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "num_iterations": 1,
+        "steps_per_generation": 1, "reference_sft_batch_size": 4,
+    }  # fmt: skip
+    run_recipe(monkeypatch, ppo_hh, options)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results) == ["reference", "SFT on chosen", "RLOO", "PPO"]
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert all(abs(x["reward"]) > 10 > 1 > abs(x["train_reward"]) > 0 for x in results.values())
+
+
+def test_scores_of_a_reward_model(reward_model, pairs):
+    """One at a time, without padding, it gives the same as in a batch, and the answer matters."""
+    model, folder = reward_model(0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = pairs.take(5)
+    prompts, completions = rows["prompt"][:], rows["chosen"][:]
+    scores = common.scores_of(model, tokenizer, batch_size=2)(prompts, completions)
+    for score, prompt, completion in zip(scores, prompts, completions, strict=True):
+        ids = tokenizer.apply_chat_template(prompt + completion, return_tensors="pt", return_dict=True)
+        assert score == pytest.approx(model(**ids).logits.item(), abs=1e-6)
+    assert common.scores_of(model, tokenizer)(prompts, rows["rejected"][:]) != pytest.approx(scores, abs=1e-3)
+    texts = common.scores_of(model, tokenizer)(["a", "b"], [" c", " d e"])
+    assert texts[1] == pytest.approx(model(**tokenizer("b d e", return_tensors="pt")).logits.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset_name": "none"}, "Give `--reward_model`"),
+        ({"config": ppo_hh.TOY_CONFIG, "judge_model": "none"}, "The embedded world has rewards of its own"),
+    ],
+)
+def test_rewards_of_the_online_recipes(tmp_path, monkeypatch, options, message):
+    with pytest.raises(ValueError, match=message):
+        run_recipe(monkeypatch, ppo_hh, {"use_cpu": True, "bf16": False, "output_dir": tmp_path, **options})

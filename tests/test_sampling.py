@@ -8,8 +8,9 @@ from scipy.stats import chisquare
 from torch.utils.data import WeightedRandomSampler
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from trl_lol._epochs import SetEpochCallback
 from trl_lol.advantages import priority_weights
-from trl_lol.offline.sampling import EpochSampler, SetEpochCallback
+from trl_lol.offline.sampling import EpochSampler
 
 
 def epoch_of(sampler, epoch):

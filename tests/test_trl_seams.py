@@ -480,6 +480,7 @@ GRPO_OVERRIDDEN = {
     "_compute_loss": "(self, model, inputs)",
     "_generate_and_score_completions": "(self, inputs)",
     "_generate_single_turn": "(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False)",
+    "_get_train_sampler": "(self, dataset=None)",
     "_get_per_token_logps_and_entropies": "(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, "
     "compute_entropy=False, compute_aux_loss=False, pixel_values=None, image_grid_thw=None, num_images=None, "
     "pixel_attention_mask=None, spatial_shapes=None, num_tiles=None, image_sizes=None, token_type_ids=None, "
@@ -487,7 +488,7 @@ GRPO_OVERRIDDEN = {
     "_load_best_model": "(self)",
     "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
     "_save": "(self, output_dir=None, state_dict=None)",
-    "_save_checkpoint": "(self, model, trial)",
+    "_save_rng_state": "(self, output_dir)",
     "create_optimizer": "(self, model=None)",
 }
 

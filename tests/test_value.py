@@ -14,8 +14,8 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from trl.trainer.utils import add_fused_lm_head
 
+from trl_lol._trl import add_fused_lm_head
 from trl_lol.value import (
     VALUE_HEAD_KEYS,
     PromptValueHead,

@@ -107,6 +107,7 @@ def cached(
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file beside its place and rename it, so that no half-written file is ever read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.tmp")
     try:

@@ -86,3 +86,46 @@ def test_sampled_groups_do_not_depend_on_the_ranks(worlds):
     assert worlds[1]["samples"] == worlds[2]["samples"]
     one, five = worlds[1]["samples"]
     assert len(one) == 1 and [len(group) for group in five] == [2] * 5
+
+
+@pytest.mark.parametrize("run", ["full", "lora", "accumulated", "groups", "leave one out"])
+@pytest.mark.parametrize("method", ["ppo", "apa"])
+def test_online_two_ranks_equal_one(worlds, method, run):
+    """On the same completions: with whitening over all ranks' tokens, a critic, rows without a reward on one rank only
+    (all its rows in the second generation), and groups of which each rank has a half."""
+    one, two = worlds[1][method][run], worlds[2][method][run]
+    assert len(one["loss"]) == 4
+    assert one["loss"] == pytest.approx(two["loss"], rel=0, abs=1e-6)
+    assert distance(one["weights"], two["weights"]) <= 5e-6
+    metrics = [name for name in one if one[name] and name not in ("loss", "weights")]
+    assert ("value_loss" in metrics and "explained_variance" in metrics) == (run != "leave one out")
+    assert ("eval_reward" in metrics and "eval_loss" in metrics) == (run == "full")
+    if run == "accumulated":  # the mean over micro-batches, which are other ones
+        metrics = [name for name in metrics if name not in ("policy_loss", "value_loss", "entropy")]
+    for name in metrics:
+        # The KL sums over 7 tokens at most, of log-probabilities around -6.6, which float32 spaces by 4.8e-7
+        rounding = 7 * 4.8e-7 if name.endswith("kl/completion") else 1e-6
+        assert one[name] == pytest.approx(two[name], rel=1e-5, abs=rounding), name
+    # Control: had one rank's share of the first batch been lost, the loss would show it
+    half = worlds[1][method]["half"]["loss"][0]
+    assert half != pytest.approx(worlds[2][method]["full"]["loss"][0], rel=0, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["ppo", "apa"])
+def test_online_accumulation_equals_one_batch_on_two_ranks(worlds, method):
+    """And gradient checkpointing, which the one run has and the other has not."""
+    one, two = worlds[2][method]["full"], worlds[2][method]["accumulated"]
+    assert one["loss"] == pytest.approx(two["loss"], rel=0, abs=1e-6)
+    assert distance(one["weights"], two["weights"]) <= 5e-6
+
+
+@pytest.mark.parametrize(("method", "policy"), [("ppo", "full"), ("apa", "full"), ("apa", "lora")])
+def test_online_resume_in_the_middle_of_a_generation_on_two_ranks(worlds, method, policy):
+    whole, resumed = worlds[2][method][f"{policy}, whole"], worlds[2][method][f"{policy}, resumed"]
+    assert len(whole["loss"]) == 8 and resumed["loss"] == whole["loss"]
+    assert resumed["ref_resets"] == whole["ref_resets"]
+    assert distance(resumed["weights"], whole["weights"]) == 0
+    # Control: the steps after the checkpoint do something, and for APA one reset comes before it
+    interrupted = worlds[2][method][f"{policy}, interrupted"]
+    assert distance(interrupted["weights"], whole["weights"]) > 1e-4
+    assert (len(interrupted["ref_resets"]) > 0) == (method == "apa")

@@ -1,5 +1,7 @@
 """Trains on however many ranks it is launched with, and writes down what must not depend on their number."""
 
+import gc
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,22 +11,27 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
 
 from trl_lol import (
     ALoLTrainer,
+    APATrainer,
     CoPGTrainer,
     GenerationEvalCallback,
+    PPOTrainer,
     sample_completions,
     score_dataset,
     toy,
     weighted_sum,
 )
-from trl_lol.offline.sampling import SetEpochCallback
+from trl_lol._epochs import SetEpochCallback
 from trl_lol.offline.trainer import _OfflineRewardTrainer
+from trl_lol.online.trainer import _ActorCriticTrainer
 
 
 GLOBAL_BATCH = 8
+UNSCORED = 700  # a completion that begins with this token gets no reward
+ONLINE_METRICS = ("loss", "reward", "kl/completion", "explained_variance", "policy_loss", "value_loss", "entropy")
 
 
 class StopAt(TrainerCallback):
@@ -41,6 +48,8 @@ def first_word(completion: list[dict]) -> list[dict]:
 
 def main(expected_world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # every `train()` collects garbage, and would walk all that was imported
     state = PartialState(cpu=True)
     assert state.num_processes == expected_world_size
     dialogues = toy.make_dialogues(num_prompts=31)
@@ -58,6 +67,12 @@ def main(expected_world_size: int, folder: Path) -> None:
     results = {
         "alol": train_all(ALoLTrainer, pairs, 0.01, tokenizer, state, folder / "alol", value_settings),
         "copg": train_all(CoPGTrainer, groups, 0.1, tokenizer, state, folder / "copg", {}),
+        "ppo": train_online(
+            PPOTrainer, dialogues, tokenizer, state, folder / "ppo", {"beta": 0.05, "learning_rate": 0.1}
+        ),
+        "apa": train_online(
+            APATrainer, dialogues, tokenizer, state, folder / "apa", {"beta": 1.0, "learning_rate": 0.02}
+        ),
         # Scores and greedy completions do not depend on how rows are dealt out, also when there are fewer than ranks
         "scores": [score_dataset(pairs.select(range(n)), toy.oracle_reward).to_dict() for n in (1, 7)],
         "samples": [sample(dialogues.select(range(n)), tokenizer, folder) for n in (1, 5)],
@@ -74,6 +89,15 @@ def sample(rows: Dataset, tokenizer: PreTrainedTokenizerFast, folder: Path) -> l
     drawn = sample_completions(rows, model, tokenizer, 2, **settings)["completions"][:]
     assert all(other == drawn for other in gather_object([drawn]))
     return sample_completions(rows, model, tokenizer, 2, temperature=0.0, **settings)["completions"][:]
+
+
+def trained_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """A copy of the weights that are trained, and a check that the ranks agree on them."""
+    weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    flat = torch.cat([w.flatten() for w in weights.values()])
+    everyone = trainer.accelerator.gather(flat[None])
+    assert (everyone == everyone[0]).all(), "the ranks' parameters differ"
+    return weights
 
 
 def train_all(
@@ -114,13 +138,9 @@ def train_all(
         )
 
     def record(name: str, trainer: _OfflineRewardTrainer) -> None:
-        weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
-        flat = torch.cat([w.flatten() for w in weights.values()])
-        everyone = trainer.accelerator.gather(flat[None])
-        assert (everyone == everyone[0]).all(), "the ranks' parameters differ"
         history = trainer.state.log_history
         results[name] = {
-            "weights": weights,
+            "weights": trained_weights(trainer),
             "dataset": trainer.train_dataset.to_dict(),
             **{
                 key: [entry[key] for entry in history if key in entry]
@@ -163,6 +183,107 @@ def train_all(
         resumed.train(resume_from_checkpoint=checkpoint)
         record(name, resumed)
     SetEpochCallback.on_epoch_begin = on_epoch_begin
+    return results
+
+
+def share_of_early_tokens(completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
+    return [None if ids[0] == UNSCORED else sum(t < 384 for t in ids) / len(ids) for ids in completion_ids]
+
+
+def replay(trainer: _ActorCriticTrainer) -> None:
+    """Take completions from a table: a function of step, row in all ranks' batch and sample, in place of a generator
+    that every rank seeds by itself. In evaluation, where a rank has several batches, of the prompt."""
+
+    def look_up(prompt_ids: list[list[int]], images: None, fields: dict, num_generations: int) -> tuple[list, None]:
+        completions = []
+        for i, prompt in enumerate(prompt_ids):
+            row = trainer.accelerator.process_index * len(prompt_ids) + i
+            key = (trainer.state.global_step, row // num_generations, row % num_generations)
+            rng = random.Random(str(key if trainer.model.training else (trainer.state.global_step, prompt)))
+            ids = [rng.randrange(6, 768) for _ in range(rng.randint(1, 6))]
+            # The first rows are all on the first of two ranks: none scored there after step 2, some before
+            is_unscored = trainer.model.training and num_generations == 1 and row < (4 if key[0] >= 2 else 2)
+            completions.append([UNSCORED if is_unscored else 6, *ids])
+        return completions, None
+
+    trainer._generate_single_turn = look_up
+
+
+def train_online(
+    trainer_class: type[_ActorCriticTrainer],
+    dialogues: Dataset,
+    tokenizer: PreTrainedTokenizerFast,
+    state: PartialState,
+    folder: Path,
+    settings: dict[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Every run of one online method, by name."""
+    results = {}
+    prompts = dialogues.select_columns("prompt")
+
+    def train(name: str, resume: str | None = None, replayed: bool = True, **kwargs) -> None:
+        trainer_kwargs = {k: kwargs.pop(k) for k in ("peft_config", "callbacks") if k in kwargs}
+        global_batch = kwargs.pop("global_batch", GLOBAL_BATCH)
+        args = trainer_class._config_class(
+            str(folder / kwargs.pop("folder", name)),
+            **{
+                "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+                "gradient_checkpointing": False, "logging_steps": 1, "max_steps": 4, "num_iterations": 2,
+                # Adam divides by the size of the gradient, and so makes much of rounding errors
+                "optim": "sgd", "lr_scheduler_type": "constant", "max_completion_length": 8,
+                "per_device_train_batch_size": global_batch // state.num_processes,
+                "per_device_eval_batch_size": GLOBAL_BATCH // state.num_processes,
+                "num_generations_eval": 1,
+                **settings,
+                **kwargs,
+            },
+        )  # fmt: skip
+        trainer = trainer_class(
+            toy.make_model(tokenizer, hidden_size=32, num_layers=2),
+            reward_funcs=share_of_early_tokens,
+            args=args,
+            train_dataset=prompts,
+            eval_dataset=prompts.take(16),
+            processing_class=tokenizer,
+            **trainer_kwargs,
+        )
+        if replayed:
+            replay(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        history = trainer.state.log_history
+        results[name] = {
+            key: [entry[key] for entry in history if key in entry]
+            for key in (*ONLINE_METRICS, *(f"eval_{metric}" for metric in ONLINE_METRICS), "ref_resets")
+        }
+        results[name]["weights"] = trained_weights(trainer)
+
+    def lora() -> LoraConfig:
+        return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+    settings = settings | {"whiten_advantages": True, "whiten_rewards": True, "value_learning_rate": 0.3}
+    train("full", eval_strategy="steps", eval_steps=2)
+    train("half", global_batch=GLOBAL_BATCH // 2, max_steps=1)
+    train("lora", peft_config=lora(), gradient_checkpointing=True)
+    # Completions of unlike lengths are spread over two micro-batches, other ones on two ranks than on one
+    halves = {"global_batch": GLOBAL_BATCH // 2, "gradient_accumulation_steps": 2}
+    train("accumulated", gradient_checkpointing=True, **halves)
+    # Groups of 4 in a batch of 4: on two ranks each has one half of the group
+    groups = {"global_batch": 4, "num_generations": 4}
+    train("groups", **groups)
+    settings = {name: settings[name] for name in ("beta", "learning_rate")}
+    train("leave one out", advantage_estimator="leave_one_out", **groups)
+
+    # Resume in the middle of a generation, which every rank made for itself
+    policies = {"full": None, "lora": lora()} if trainer_class is APATrainer else {"full": None}
+    if state.num_processes == 2:
+        for name, peft_config in policies.items():
+            kwargs = {"replayed": False, "max_steps": 8, "num_iterations": 3, "peft_config": peft_config}
+            if trainer_class is APATrainer:  # with resets on the way
+                kwargs |= {"reset_ref_patience": 1, "eval_strategy": "steps", "eval_steps": 1}
+            train(f"{name}, whole", **kwargs)
+            kwargs |= {"save_strategy": "steps", "save_steps": 5, "folder": f"{name}, interrupted"}
+            train(f"{name}, interrupted", callbacks=[StopAt(5)], **kwargs)
+            train(f"{name}, resumed", resume=str(folder / f"{name}, interrupted" / "checkpoint-5"), **kwargs)
     return results
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class EpochSampler(Sampler[int]):
@@ -47,20 +46,3 @@ class EpochSampler(Sampler[int]):
             draws = torch.rand(self.num_rows, generator=generator, dtype=torch.double) * self.cumulative[-1]
             order = torch.searchsorted(self.cumulative, draws, right=True).clamp(max=self.num_rows - 1)
         yield from order.tolist()
-
-
-class SetEpochCallback(TrainerCallback):
-    """
-    Tells the sampler the epoch when an epoch begins.
-
-    The training loop does so as well, but after a resume in the middle of an epoch the data loader is wrapped once
-    more to skip batches, and on several ranks accelerate then no longer reaches the sampler.
-    """
-
-    def __init__(self, sampler: EpochSampler) -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        self.sampler.set_epoch(int(state.epoch))

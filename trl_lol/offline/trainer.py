@@ -20,6 +20,7 @@ from trl import DPOTrainer
 
 from .. import __version__
 from .._cache import cached, content_key, model_key
+from .._epochs import SetEpochCallback
 from .._reference import copy_as_reference
 from .._trl import (
     disable_gradient_checkpointing,
@@ -31,7 +32,7 @@ from ..data import DataCollatorForGroups, check_columns, group_by_prompt, has_si
 from ..generation import evaluating
 from ..rewards import RewardFunc, score_dataset
 from .base_config import _OfflineRewardConfig
-from .sampling import EpochSampler, SetEpochCallback
+from .sampling import EpochSampler
 
 
 logger = get_logger(__name__)

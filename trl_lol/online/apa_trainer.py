@@ -9,7 +9,6 @@ from accelerate.utils import is_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .._cache import write_tensors
 from ..losses import apa_loss, awr_loss
@@ -119,9 +118,11 @@ class APATrainer(_ActorCriticTrainer):
                 if self.value_head is not None:
                     self.value_head.requires_grad_(True)  # PEFT freezes what is no adapter
             for name, parameter in policy.named_parameters():
-                if ".ref." in name:
+                path = name.split(".")
+                if "ref" in path:
+                    trained = policy.get_parameter(".".join("default" if part == "ref" else part for part in path))
                     parameter.requires_grad_(False)
-                    parameter.data.copy_(policy.get_parameter(name.replace(".ref.", ".default.")).data)
+                    parameter.data.copy_(trained.data)
         else:
             reference = self.accelerator.unwrap_model(self.ref_model)
             with torch.no_grad():
@@ -131,13 +132,13 @@ class APATrainer(_ActorCriticTrainer):
     # A reference that is a model of its own is in the checkpoints once it is another than at the start. A reference
     # adapter is there anyway.
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
         if self._is_reference_reset and self.ref_model is not None and self.args.should_save:
-            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             weights = self.accelerator.unwrap_model(self.ref_model).state_dict()
             # Tied weights are one tensor under two names, which the format refuses
-            write_tensors({name: tensor.cpu().clone() for name, tensor in weights.items()}, folder / REFERENCE_FILE)
+            weights = {name: tensor.cpu().clone() for name, tensor in weights.items()}
+            write_tensors(weights, Path(output_dir, REFERENCE_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -161,6 +162,8 @@ class _ResetReference(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if not self.trainer.is_in_train:  # `evaluate` by hand is no part of the run
+            return
         rewards: list[float] = []  # since the last reset
         num_resets = 0
         for entry in state.log_history:

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, send_to_device
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from .._cache import write_tensors
+from .._epochs import SetEpochCallback
 from .._reference import copy_as_reference
 from .._trl import (
     add_fused_lm_head,
@@ -138,6 +139,7 @@ class _ActorCriticTrainer(GRPOTrainer):
             func if isinstance(func, nn.Module) else partial(call_async if is_async_callable(func) else call, func)
             for func in self.reward_funcs
         ]
+        self._base_model._modules.pop("value_head", None)  # of a trainer that had the model before
         self.value_head: StateValueHead | None = None
         if args.advantage_estimator == "gae":
             self.value_head = add_value_head(self._base_model)
@@ -149,6 +151,15 @@ class _ActorCriticTrainer(GRPOTrainer):
         return self.model.get_base_model() if is_peft_model(self.model) else self.model
 
     # ---- Rollouts ----
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        # TRL's order depends on how often the sampler was iterated, which a resumed run has done less often
+        sampler = super()._get_train_sampler(dataset)
+        if self.shuffle_dataset:
+            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(hash((self.args.seed, epoch)))
+            self.remove_callback(SetEpochCallback)
+            self.add_callback(SetEpochCallback(sampler))
+        return sampler
 
     @contextmanager
     def _without_value_head(self) -> Iterator[None]:
@@ -361,14 +372,13 @@ class _ActorCriticTrainer(GRPOTrainer):
         if self.value_head is not None:
             write_tensors(self.value_head.state_dict(), Path(output_dir or self.args.output_dir) / VALUE_HEAD_FILE)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
         if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
             # Otherwise a resumed run would generate anew, and be another one
-            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             rollouts = {"step": self._step, "num_processes": self.accelerator.num_processes}
-            rollouts["batches"] = self._buffered_inputs
-            torch.save(rollouts, folder / f"rollouts_{self.accelerator.process_index}.pt")
+            path = Path(output_dir, f"rollouts_{self.accelerator.process_index}.pt")
+            torch.save(rollouts | {"batches": self._buffered_inputs}, path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with self._without_value_head():  # which has a file of its own
@@ -376,9 +386,10 @@ class _ActorCriticTrainer(GRPOTrainer):
         self._load_value_head(resume_from_checkpoint)
         path = Path(resume_from_checkpoint, f"rollouts_{self.accelerator.process_index}.pt")
         if path.exists():
-            rollouts = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            rollouts = torch.load(path, map_location="cpu", weights_only=True)
             if rollouts["num_processes"] == self.accelerator.num_processes:
-                self._step, self._buffered_inputs = rollouts["step"], rollouts["batches"]
+                self._step = rollouts["step"]
+                self._buffered_inputs = send_to_device(rollouts["batches"], self.accelerator.device)
 
     def _load_best_model(self) -> None:
         with self._without_value_head():
@@ -413,6 +424,11 @@ def _check_columns(name: str, dataset: Any) -> None:
             f"The {name} dataset has the columns {', '.join(columns)}, and completions are generated for a `prompt`, "
             "a string or a list of messages. Rename the column that holds it; `trl.extract_prompt` takes it out of "
             "preferences."
+        )
+    if taken := sorted({"prompts", "completions", "completion_ids", "trainer_state"} & set(columns)):
+        raise ValueError(
+            f"The {name} dataset has a column `{taken[0]}`. Columns go to the reward functions by name, which get "
+            f"another `{taken[0]}` from the trainer. Rename or remove it."
         )
     if images := {"image", "images"} & set(columns):
         raise ValueError(
