@@ -174,8 +174,10 @@ def forward_by_hand(trainer: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Te
     entropies = -(logps.exp() * logps).sum(-1)
     values = None
     if trainer.value_head is not None:
-        linear = trainer.value_head.linear
-        values = (hidden.double() @ linear.weight.double().T + linear.bias.double()).squeeze(-1)
+        first, _, last = trainer.value_head.layers
+        inner = hidden.double() @ first.weight.double().T + first.bias.double()
+        inner = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2  # GELU
+        values = (inner @ last.weight.double().T + last.bias.double()).squeeze(-1)
     return logps.gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1), entropies, values
 
 
@@ -690,7 +692,7 @@ def test_forwards_are_shared(build: Callable[..., Any], kwargs: dict[str, Any], 
     with counted(trainer._base_model.model) as of_policy:
         loss = trainer._compute_loss(trainer.model, batch)
     assert of_policy == [8]
-    gradient = torch.autograd.grad(loss, trainer.value_head.linear.weight)[0]
+    gradient = torch.autograd.grad(loss, trainer.value_head.layers[-1].weight)[0]
     assert gradient.abs().max() > 0
     assert trainer._passes == []
 
@@ -725,7 +727,7 @@ def test_a_second_trainer_takes_over_the_model(build: Callable[..., Any]) -> Non
     """With a value head and a reference of its own, which is the model as it is then and does not follow it."""
     first = build(PPOTrainer)
     second = build(APATrainer, model=first.model, shaken=False)
-    assert (second.value_head.linear.weight == 0).all() and second._base_model.value_head is second.value_head
+    assert (second.value_head.layers[-1].weight == 0).all() and second._base_model.value_head is second.value_head
     batch = roll_out(second)
     assert torch.equal(batch["ref_per_token_logps"], batch["old_per_token_logps"])
     shake(second.model, seed=2)
@@ -775,7 +777,7 @@ def test_vllm_never_sees_the_value_head(with_vllm: Callable[..., Any], kwargs: d
     trainer = with_vllm(**kwargs)
     names = [name for name, _ in trainer.model.named_parameters()]
     head = [name for name in names if "value_head" in name]
-    assert len(head) == 2
+    assert len(head) == 4
     batch = roll_out(trainer)
     assert sorted(trainer.vllm_generation.synced) == sorted(set(names) - set(head))
     assert sorted(name for name, _ in trainer.model.named_parameters()) == sorted(names)

@@ -23,7 +23,7 @@ from trl_lol import APATrainer, PPOTrainer
 
 
 FULL_AND_LORA = pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
-HEAD = "value_head.linear.weight"
+HEAD = "value_head.layers.2.weight"
 TRAINER = {"ppo": PPOTrainer, "apa": APATrainer}
 
 
@@ -289,8 +289,8 @@ def test_learning_rate_of_the_head(build, tmp_path, peft_config):
     # Adam's first step is as long as the learning rate, from a head of zeros
     first = build(output_dir=tmp_path / "first", value_learning_rate=1e-2, max_steps=1)
     first.train()
-    assert head_of(first)["linear.bias"].abs().item() == pytest.approx(1e-2, rel=1e-3)
-    assert head_of(plain)["linear.bias"].abs().item() == pytest.approx(1e-3, rel=1e-3)
+    assert head_of(first)["layers.2.bias"].abs().item() == pytest.approx(1e-2, rel=1e-3)
+    assert head_of(plain)["layers.2.bias"].abs().item() == pytest.approx(1e-3, rel=1e-3)
 
 
 @pytest.mark.parametrize("value_learning_rate", [None, 0.2])
@@ -305,7 +305,7 @@ def test_head_is_trained_by_an_optimizer_of_the_user(build, tiny_model, value_le
     assert sorted(map(id, trainer.model.parameters())) == sorted(p for group in groups for p in group)
     rates = [group["initial_lr"] for group in optimizer.param_groups]
     assert rates == [0.1, 0.3 if value_learning_rate is None else value_learning_rate]
-    assert head_of(trainer)["linear.bias"].abs() > 1e-3
+    assert head_of(trainer)["layers.2.bias"].abs() > 1e-3
 
 
 def test_scheduler_of_the_user_cannot_know_the_head(build, tiny_model):

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from trl_lol._trl import add_fused_lm_head
 from trl_lol.value import (
-    VALUE_HEAD_KEYS,
     PromptValueHead,
     StateValueHead,
     ValueCausalLMOutput,
@@ -255,26 +254,39 @@ def with_head(tiny_model):
     head = add_value_head(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        head.linear.weight.normal_(generator=generator)
-        head.linear.bias.fill_(0.25)
+        head.layers[-1].weight.normal_(generator=generator)
+        head.layers[-1].bias.fill_(0.25)
     ids = torch.randint(6, 700, (3, 7), generator=generator)
     mask = torch.tensor([[1] * 7, [0, 0] + [1] * 5, [1] * 4 + [0] * 3])
     return model, {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-def test_state_values_are_a_linear_function_in_float32():
-    """0 until trained; then w·h + b with w = 1, b = ½: 1 + 2 + 3 + ½ and 0 − 1 + 1 + ½."""
+def test_state_values_are_computed_in_float32():
+    """0 until trained. Then, with an inner layer that adds up and passes on, and an outer one of w = 1, b = ½, where
+    GELU is the identity to float32: (100 + 20 + 3) · 3 + ½."""
     head = StateValueHead(3)
-    hidden = torch.tensor([[[1.0, 2.0, 3.0], [0.0, -1.0, 1.0]]])
+    hidden = torch.tensor([[[100.0, 20.0, 3.0], [0.0, -1.0, 1.0]]])
     assert torch.equal(head(hidden), torch.zeros(1, 2))
-    torch.nn.init.ones_(head.linear.weight)
-    torch.nn.init.constant_(head.linear.bias, 0.5)
-    assert torch.equal(head(hidden), torch.tensor([[6.5, 0.5]]))
+    inner, _, outer = head.layers
+    for parameter, value in ((inner.weight, 1.0), (inner.bias, 0.0), (outer.weight, 1.0), (outer.bias, 0.5)):
+        torch.nn.init.constant_(parameter, value)
+    assert head(hidden).tolist() == [[369.5, 0.5]]
     # bfloat16 has 8 bits: 256 + 1 is 256 there
     hidden = torch.tensor([[[256.0, 1.0, 0.0]]], dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert head(hidden).dtype == torch.float32 and head(hidden).item() == 257.5
-        assert torch.nn.functional.linear(hidden, head.linear.weight).item() == 256.0  # control
+        assert head(hidden).dtype == torch.float32 and head(hidden).item() == 3 * 257 + 0.5
+        assert torch.nn.functional.linear(hidden, outer.weight).item() == 256.0  # control
+
+
+def test_state_value_heads_begin_equal():
+    """On every rank, whatever the random state there, which is left alone."""
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = StateValueHead(4).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert all(torch.equal(first[name], x) for name, x in StateValueHead(4).state_dict().items())
+    assert first["layers.0.weight"].abs().max() > 0
 
 
 def test_values_and_log_probabilities_come_from_one_forward(with_head):
@@ -287,8 +299,7 @@ def test_values_and_log_probabilities_come_from_one_forward(with_head):
     outputs = model(**inputs, fused_lm_head=True, return_values=True)
     assert len(forwards) == 1
     assert isinstance(outputs, ValueCausalLMOutput) and type(plain) is not ValueCausalLMOutput
-    expected = hidden.double() @ model.value_head.linear.weight.double().T + 0.25
-    torch.testing.assert_close(outputs.state_values.double(), expected.squeeze(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs.state_values, model.value_head(hidden))
     assert outputs.state_values.std() > 0.1
     for name in plain:
         assert torch.equal(outputs[name], plain[name]), name
@@ -331,7 +342,9 @@ def test_the_hook_goes_also_after_an_error(with_head):
 
 def test_the_head_is_not_saved_with_the_model(with_head, tmp_path, caplog):
     model, inputs = with_head
-    assert {n for n, _ in model.named_parameters() if "value_head" in n} == set(VALUE_HEAD_KEYS)
+    assert {n for n, _ in model.named_parameters() if "value_head" in n} == {
+        f"value_head.layers.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
+    }
     model.save_pretrained(tmp_path)
     assert not any("value_head" in name for name in load_file(tmp_path / "model.safetensors"))
     logging.getLogger("transformers").addHandler(caplog.handler)

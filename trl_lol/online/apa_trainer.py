@@ -114,9 +114,8 @@ class APATrainer(_ActorCriticTrainer):
                 config = copy.copy(policy.peft_config["default"])
                 if hasattr(config, "init_lora_weights"):
                     config.init_lora_weights = True  # what is copied over; PiSSA and others would change base weights
-                policy.add_adapter("ref", config)
-                if self.value_head is not None:
-                    self.value_head.requires_grad_(True)  # PEFT freezes what is no adapter
+                with self._without_value_head():  # which would be frozen, or even get an adapter
+                    policy.add_adapter("ref", config)
             for name, parameter in policy.named_parameters():
                 path = name.split(".")
                 if "ref" in path:

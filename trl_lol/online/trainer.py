@@ -109,6 +109,9 @@ class _ActorCriticTrainer(GRPOTrainer):
                 "on. Lower `per_device_train_batch_size` or `steps_per_generation`, or pass more prompts."
             )
 
+        if isinstance(model, nn.Module):  # a trainer that had the model before has left its value head there
+            (model.get_base_model() if is_peft_model(model) else model)._modules.pop("value_head", None)
+
         # GRPOTrainer would load the reference from `config._name_or_path`: for a model in memory, copy that
         beta, reference = args.beta, None
         if beta != 0.0 and isinstance(model, PreTrainedModel) and peft_config is None:
@@ -139,7 +142,6 @@ class _ActorCriticTrainer(GRPOTrainer):
             func if isinstance(func, nn.Module) else partial(call_async if is_async_callable(func) else call, func)
             for func in self.reward_funcs
         ]
-        self._base_model._modules.pop("value_head", None)  # of a trainer that had the model before
         self.value_head: StateValueHead | None = None
         if args.advantage_estimator == "gae":
             self.value_head = add_value_head(self._base_model)
@@ -399,7 +401,6 @@ class _ActorCriticTrainer(GRPOTrainer):
     def _load_value_head(self, folder: str) -> None:
         if self.value_head is None:
             return
-        self.value_head.requires_grad_(True)  # loading an adapter freezes what is none
         path = Path(folder, VALUE_HEAD_FILE)
         if path.exists():
             self.value_head.load_state_dict(load_file(path))
