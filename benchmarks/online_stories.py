@@ -52,13 +52,21 @@ METRICS = {"reward": 3, "kl": 1, "length": 1, "distinct_2": 3}  # and the digits
 BETA = 0.05  # of PPO's and RLOO's objective, reward − β KL, by whose final value the learning rates were picked
 HERE = Path(__file__).parent
 
+OURS = {"num_iterations": 4, "value_learning_rate": 1e-3}  # as many passes for APA as PPO makes by default
+
 # Method: package, trainer, config and what is not the config's default
 METHODS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
-    "PPO": ("trl_lol", "PPOTrainer", "PPOConfig", {"learning_rate": 1e-4, "beta": BETA}),
-    "APA": ("trl_lol", "APATrainer", "APAConfig", {"learning_rate": 1e-4, "beta": 0.1, "loss_type": "apa"}),
-    "AWR": ("trl_lol", "APATrainer", "APAConfig", {"learning_rate": 1e-4, "beta": 1.0, "loss_type": "awr"}),
+    "PPO": ("trl_lol", "PPOTrainer", "PPOConfig", {**OURS, "learning_rate": 3e-5, "beta": BETA}),
+    "APA": ("trl_lol", "APATrainer", "APAConfig", {**OURS, "learning_rate": 1e-4, "beta": 0.1, "loss_type": "apa"}),
+    "AWR": ("trl_lol", "APATrainer", "APAConfig", {**OURS, "learning_rate": 1e-5, "beta": 1.0, "loss_type": "awr"}),
     "RLOO": ("trl", "RLOOTrainer", "RLOOConfig", {"learning_rate": 1e-4, "beta": BETA, "num_generations": 4}),
     "GRPO": ("trl", "GRPOTrainer", "GRPOConfig", {"learning_rate": 3e-5, "beta": BETA, "num_generations": 4}),
+    "GRPO, unscaled": (
+        "trl",
+        "GRPOTrainer",
+        "GRPOConfig",
+        {"learning_rate": 1e-4, "beta": BETA, "num_generations": 4, "scale_rewards": "none"},
+    ),
     "TRL 1.12 PPO": ("", "PPOTrainer", "PPOConfig", {"learning_rate": 3e-5, "kl_coef": BETA}),
 }
 
