@@ -222,59 +222,77 @@ class _ActorCriticTrainer(GRPOTrainer):
         old_values = self._passes[0] if self._passes else None
         self._passes.clear()
 
-        rows = slice(*(self.accelerator.process_index * len(inputs) + i for i in (0, len(inputs))))
-        rewards = (self._rewards_per_func * self.reward_weights.to(self._rewards_per_func)).nansum(dim=1)
-        rewards = rewards.masked_fill(self._rewards_per_func.isnan().all(dim=1), torch.nan)[rows]
+        rewards = self._completion_rewards(batch)
         mask = batch["completion_mask"] * ~rewards.isnan().unsqueeze(1)
-        if args.missing_eos_penalty is not None:
-            eos = torch.tensor(self.eos_token_ids, device=mask.device)
-            has_eos = (torch.isin(batch["completion_ids"], eos) & batch["completion_mask"].bool()).any(dim=1)
-            rewards = rewards - args.missing_eos_penalty * ~has_eos
-
         log_ratio = None
         if "ref_per_token_logps" in batch:
-            log_ratio = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * mask
+            log_ratio = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]).masked_fill(mask == 0, 0.0)
             self._log_means(mask.any(dim=1), **{"kl/completion": log_ratio.sum(dim=1)})
-        beta = self.beta if self._kl_in_reward else 0.0
         num_generations = self.num_generations if is_train else self.num_generations_eval
         if old_values is None:
-            if beta != 0.0:
-                rewards = rewards - beta * log_ratio.sum(dim=1)
-            everyone = self._gather_rows(rewards)
-            groups = torch.arange(len(everyone), device=everyone.device) // num_generations
-            advantages = sequence_advantages(everyone, group_ids=groups, baseline="leave_one_out")[rows]
-            advantages = advantages.unsqueeze(1) * mask
+            batch["advantages"] = self._leave_one_out(rewards, log_ratio, num_generations).unsqueeze(1) * mask
         else:
-            per_token = token_rewards(rewards, mask, log_ratio, beta=beta)
-            if args.whiten_rewards:
-                per_token = self._whiten(per_token, mask, shift_mean=False)
-            advantages, returns = gae(per_token, old_values, mask, gamma=args.gamma, lam=args.lam)
-            batch |= {"old_values": old_values, "returns": returns}
-            everyone = (self._gather_rows(x) for x in (old_values, returns, mask))
-            self._log("explained_variance", explained_variance(*everyone))
+            batch |= {"old_values": old_values, **self._gae(rewards, mask, log_ratio, old_values)}
         if args.whiten_advantages:
-            advantages = self._whiten(advantages, mask)
+            batch["advantages"] = self._whiten(batch["advantages"], mask)
+        self._correct_logs(batch["advantages"], mask, num_generations)
+        return batch | {"loss_mask": mask, "num_items_in_batch": self.accelerator.gather(mask.sum()).sum()}
 
-        # What TRL's log of completions shows is the mean over a completion's tokens
+    def _completion_rewards(self, batch: dict[str, Any]) -> Tensor:
+        """The rewards of this process's completions, NaN for those that no function has scored."""
+        weights = self.reward_weights.to(self._rewards_per_func)
+        rewards = (self._rewards_per_func * weights).nansum(dim=1)
+        rewards = rewards.masked_fill(self._rewards_per_func.isnan().all(dim=1), torch.nan)
+        rewards = self._own_rows(rewards, len(batch["completion_ids"]))
+        if self.args.missing_eos_penalty is not None:
+            eos = torch.tensor(self.eos_token_ids, device=rewards.device)
+            # Padding may be an EOS token, too
+            has_eos = (torch.isin(batch["completion_ids"], eos) & batch["completion_mask"].bool()).any(dim=1)
+            rewards = rewards - self.args.missing_eos_penalty * ~has_eos
+        return rewards
+
+    def _leave_one_out(self, rewards: Tensor, log_ratio: Tensor | None, num_generations: int) -> Tensor:
+        """One advantage per completion, beside the others of its prompt, which may be on another process."""
+        if self._kl_in_reward and log_ratio is not None:
+            rewards = rewards - self.beta * log_ratio.sum(dim=1)
+        everyone = self._gather_rows(rewards)
+        groups = torch.arange(len(everyone), device=everyone.device) // num_generations
+        advantages = sequence_advantages(everyone, group_ids=groups, baseline="leave_one_out")
+        return self._own_rows(advantages, len(rewards))
+
+    def _gae(self, rewards: Tensor, mask: Tensor, log_ratio: Tensor | None, values: Tensor) -> dict[str, Tensor]:
+        """Advantages and returns of each token."""
+        args = self.args
+        per_token = token_rewards(rewards, mask, log_ratio, beta=self.beta if self._kl_in_reward else 0.0)
+        if args.whiten_rewards:
+            per_token = self._whiten(per_token, mask, shift_mean=False)
+        advantages, returns = gae(per_token, values, mask, gamma=args.gamma, lam=args.lam)
+        everyone = (self._gather_rows(x) for x in (values, returns, mask))
+        self._log("explained_variance", explained_variance(*everyone))
+        return {"advantages": advantages, "returns": returns}
+
+    def _correct_logs(self, advantages: Tensor, mask: Tensor, num_generations: int) -> None:
+        """Where GRPO has logged what is true of its own advantages. The log of completions gets means over tokens."""
         means = self._gather_rows(advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).tolist()
         logged = self._logs["advantages"]
         for i in range(1, min(len(logged), len(means)) + 1):
             logged[-i] = means[-i]
-        if num_generations == 1:
-            self._metrics["train" if is_train else "eval"].pop("frac_reward_zero_std")  # of groups of one
-
-        num_items_in_batch = self.accelerator.gather(mask.sum()).sum()
-        return batch | {"advantages": advantages, "loss_mask": mask, "num_items_in_batch": num_items_in_batch}
+        if num_generations == 1:  # groups of one have no spread
+            self._metrics["train" if self.model.training else "eval"].pop("frac_reward_zero_std")
 
     def _gather_rows(self, x: Tensor) -> Tensor:
         """The rows of all processes, padded to one length."""
         return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1))
 
+    def _own_rows(self, everyone: Tensor, count: int) -> Tensor:
+        """This process's `count` rows out of those of all."""
+        first = self.accelerator.process_index * count
+        return everyone[first : first + count]
+
     def _whiten(self, x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
         """Whiten by the statistics of all processes, and return the rows of this one."""
-        first = self.accelerator.process_index * len(x)
         whitened = masked_whiten(self._gather_rows(x), self._gather_rows(mask), shift_mean=shift_mean)
-        return whitened[first : first + len(x), : x.size(1)]
+        return self._own_rows(whitened, len(x))[:, : x.size(1)]
 
     # ---- Loss ----
 
