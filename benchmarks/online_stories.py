@@ -57,7 +57,8 @@ OURS = {"num_iterations": 4, "value_learning_rate": 1e-3}  # as many passes for 
 # Method: package, trainer, config and what is not the config's default
 METHODS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "PPO": ("trl_lol", "PPOTrainer", "PPOConfig", {**OURS, "learning_rate": 3e-5, "beta": BETA}),
-    "APA": ("trl_lol", "APATrainer", "APAConfig", {**OURS, "learning_rate": 1e-4, "beta": 0.1, "loss_type": "apa"}),
+    "PPO, lam 1": ("trl_lol", "PPOTrainer", "PPOConfig", {**OURS, "learning_rate": 3e-5, "beta": BETA, "lam": 1.0}),
+    "APA": ("trl_lol", "APATrainer", "APAConfig", {**OURS, "learning_rate": 3e-5, "beta": 0.1, "loss_type": "apa"}),
     "AWR": ("trl_lol", "APATrainer", "APAConfig", {**OURS, "learning_rate": 1e-5, "beta": 1.0, "loss_type": "awr"}),
     "RLOO": ("trl", "RLOOTrainer", "RLOOConfig", {"learning_rate": 1e-4, "beta": BETA, "num_generations": 4}),
     "GRPO": ("trl", "GRPOTrainer", "GRPOConfig", {"learning_rate": 3e-5, "beta": BETA, "num_generations": 4}),
