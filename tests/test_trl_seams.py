@@ -490,6 +490,7 @@ GRPO_OVERRIDDEN = {
     "_save": "(self, output_dir=None, state_dict=None)",
     "_save_rng_state": "(self, output_dir)",
     "create_optimizer": "(self, model=None)",
+    "train": "(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)",
 }
 
 

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,18 @@ def cached(
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file beside its place and rename it, so that no half-written file is ever read."""
+    """Write a safetensors file, so that no half-written one is ever read."""
+    with written_beside(path) as beside:
+        save_file(tensors, beside)
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A path to write to, which is renamed to `path` when all is written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        save_file(tensors, beside)
+        yield beside
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

@@ -1,8 +1,9 @@
-"""The reference policy, as a copy of the initial one in memory."""
+"""The reference policy, as a copy of the initial one in memory: a model, or an adapter."""
 
 import copy
 
 from accelerate.logging import get_logger
+from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -32,3 +33,28 @@ def copy_as_reference(model: PreTrainedModel, instead: str) -> PreTrainedModel:
     size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     logger.warning(f"Keeping a copy of the policy as the reference, {size:.2f} GiB. To save the memory: {instead}.")
     return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def copy_adapter_as_reference(model: PeftModel) -> None:
+    """
+    Freeze a copy of the active adapter under the name `"ref"`, which TRL's trainers take as the reference.
+
+    TRL makes such a copy of an adapter that is trained further, but of most of its parameters only, and where the
+    adapter's initialisation changes the base weights (PiSSA, OLoRA, CorDA) it changes them once more.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The policy. What is no adapter gets frozen, as PEFT does whenever an adapter is added.
+    """
+    active = model.active_adapters[0]
+    if "ref" not in model.peft_config:
+        config = copy.copy(model.peft_config[active])
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # whatever it is, it is copied over
+        model.add_adapter("ref", config)
+    for name, parameter in model.named_parameters():
+        path = name.split(".")
+        if "ref" in path:
+            trained = model.get_parameter(".".join(active if part == "ref" else part for part in path))
+            parameter.requires_grad_(False)
+            parameter.data.copy_(trained.data)

@@ -482,7 +482,8 @@ class StateValueHead(nn.Module):
             t, in which token t + 1 is chosen.
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return self.layers(hidden_states.float()).squeeze(-1)
+            weight = self.layers[0].weight  # in another type when `bf16_full_eval` casts all of the model
+            return self.layers(hidden_states.to(weight)).squeeze(-1).float()
 
 
 @dataclass
@@ -515,7 +516,12 @@ def add_value_head(model: PreTrainedModel) -> StateValueHead:
     Returns:
         [`StateValueHead`]: The head.
     """
-    head = StateValueHead(model.config.get_text_config().hidden_size)
+    if hasattr(model, "value_head") and not isinstance(model.value_head, StateValueHead):
+        raise ValueError(
+            f"{type(model).__name__} has a `value_head` of its own, a {type(model.value_head).__name__}: that place "
+            "is taken. Pass the causal language model without it."
+        )
+    head = StateValueHead(model.get_output_embeddings().in_features)  # OPT projects its hidden states to another size
     model.value_head = head.to(model.get_output_embeddings().weight.device)
     model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ())
     model._keys_to_ignore_on_save |= {f"value_head.{name}" for name in head.state_dict()}

@@ -1,4 +1,3 @@
-import copy
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._cache import write_tensors
+from .._reference import copy_adapter_as_reference
 from ..losses import apa_loss, awr_loss
 from .apa_config import APAConfig
 from .trainer import _ActorCriticTrainer
@@ -110,18 +110,8 @@ class APATrainer(_ActorCriticTrainer):
         """
         policy = self.accelerator.unwrap_model(self.model)
         if is_peft_model(policy):
-            if "ref" not in policy.peft_config:
-                config = copy.copy(policy.peft_config["default"])
-                if hasattr(config, "init_lora_weights"):
-                    config.init_lora_weights = True  # what is copied over; PiSSA and others would change base weights
-                with self._without_value_head():  # which would be frozen, or even get an adapter
-                    policy.add_adapter("ref", config)
-            for name, parameter in policy.named_parameters():
-                path = name.split(".")
-                if "ref" in path:
-                    trained = policy.get_parameter(".".join("default" if part == "ref" else part for part in path))
-                    parameter.requires_grad_(False)
-                    parameter.data.copy_(trained.data)
+            with self._without_value_head():  # which would be frozen, or even get an adapter
+                copy_adapter_as_reference(policy)
         else:
             reference = self.accelerator.unwrap_model(self.ref_model)
             with torch.no_grad():
@@ -133,6 +123,7 @@ class APATrainer(_ActorCriticTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        Path(output_dir, REFERENCE_FILE).unlink(missing_ok=True)  # of an earlier run in the same folder
         if self._is_reference_reset and self.ref_model is not None and self.args.should_save:
             weights = self.accelerator.unwrap_model(self.ref_model).state_dict()
             # Tied weights are one tensor under two names, which the format refuses

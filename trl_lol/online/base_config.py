@@ -151,6 +151,14 @@ class _ActorCriticConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        for name in ("num_generations", "num_iterations", "max_completion_length", "steps_per_generation"):
+            found = getattr(self, name)
+            if not (found is None and name == "steps_per_generation") and not (found or 0) >= 1:
+                raise ValueError(f"`{name}={found}` must be at least 1.")
+        if not self.temperature > 0:
+            raise ValueError(
+                f"`temperature={self.temperature}` must be positive: log-probabilities are divided by it."
+            )
         num_generations = self.num_generations
         self.num_generations = _PassesAsTwo(num_generations) if num_generations == 1 else num_generations
         super().__post_init__()

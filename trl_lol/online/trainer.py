@@ -17,9 +17,9 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOTrainer
 
-from .._cache import write_tensors
+from .._cache import write_tensors, written_beside
 from .._epochs import SetEpochCallback
-from .._reference import copy_as_reference
+from .._reference import copy_adapter_as_reference, copy_as_reference
 from .._trl import (
     add_fused_lm_head,
     disable_gradient_checkpointing,
@@ -37,6 +37,8 @@ from .base_config import _ActorCriticConfig
 logger = get_logger(__name__)
 
 VALUE_HEAD_FILE = "value_head.safetensors"
+# Arguments of reward functions that are no columns
+PASSED_BY_TRL = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 
 
 class _WithValues:
@@ -109,14 +111,20 @@ class _ActorCriticTrainer(GRPOTrainer):
                 "on. Lower `per_device_train_batch_size` or `steps_per_generation`, or pass more prompts."
             )
 
-        if isinstance(model, nn.Module):  # a trainer that had the model before has left its value head there
-            (model.get_base_model() if is_peft_model(model) else model)._modules.pop("value_head", None)
+        if isinstance(model, nn.Module):
+            base_model = model.get_base_model() if is_peft_model(model) else model
+            if isinstance(getattr(base_model, "value_head", None), StateValueHead):
+                del base_model.value_head  # of a trainer that had the model before
 
         # GRPOTrainer would load the reference from `config._name_or_path`: for a model in memory, copy that
         beta, reference = args.beta, None
-        if beta != 0.0 and isinstance(model, PreTrainedModel) and peft_config is None:
-            reference = copy_as_reference(model, "train a LoRA, or pass the model's name or path instead of the model")
+        is_own = beta != 0.0 and isinstance(model, nn.Module) and peft_config is None
+        if is_own:
             args.beta = 0.0
+            if not is_peft_model(model):
+                reference = copy_as_reference(
+                    model, "train a LoRA, or pass the model's name or path instead of the model"
+                )
         try:
             super().__init__(
                 model=model,
@@ -137,6 +145,15 @@ class _ActorCriticTrainer(GRPOTrainer):
         if reference is not None:
             add_fused_lm_head(reference, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        # Without its adapter, a model is the initial policy only where a new adapter does nothing
+        does_something = getattr(peft_config, "init_lora_weights", True) not in (True, "gaussian", "eva")
+        if is_peft_model(self.model) and (is_own or (beta != 0.0 and does_something)):
+            copy_adapter_as_reference(self.model)
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError(
+                "Nothing of the policy is trained: all its parameters are frozen. Load a saved adapter with "
+                "`PeftModel.from_pretrained(..., is_trainable=True)`, or pass a `peft_config`."
+            )
         # Errors name the function, and infinities do not get as far as the loss
         self.reward_funcs = [
             func if isinstance(func, nn.Module) else partial(call_async if is_async_callable(func) else call, func)
@@ -201,12 +218,19 @@ class _ActorCriticTrainer(GRPOTrainer):
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         # Kept, since what comes out of GRPO's scoring are advantages
         self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        for func, name, rewards in zip(
+            self.reward_funcs, self.reward_func_names, self._rewards_per_func.T, strict=True
+        ):
+            # Functions are checked when they are called. To TRL a model's NaN is an unscored completion
+            if isinstance(func, nn.Module) and not rewards.isfinite().all():
+                raise ValueError(f"The reward model '{name}' returned {rewards[~rewards.isfinite()][0].item()}.")
         return self._rewards_per_func
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._passes.clear()
-        batch = super()._generate_and_score_completions(inputs)
         is_train = self.model.training
+        batch = super()._generate_and_score_completions(inputs)
+        self.model.train(is_train)  # continuous batching leaves it in training mode
         args = self.args
 
         if "old_per_token_logps" not in batch:
@@ -324,7 +348,7 @@ class _ActorCriticTrainer(GRPOTrainer):
             compute_entropy=True,
             compute_aux_loss=self.aux_loss_enabled,
         )
-        policy_losses = self._policy_loss(logps, inputs, mask)
+        policy_losses = self._policy_loss(logps, inputs, mask).masked_fill(mask == 0, 0.0)
         if "importance_sampling_ratio" in inputs:  # of the policy to vLLM's version of it
             policy_losses = policy_losses * inputs["importance_sampling_ratio"]
         losses = policy_losses - self.entropy_coef * entropies * mask
@@ -392,13 +416,32 @@ class _ActorCriticTrainer(GRPOTrainer):
         if self.value_head is not None:
             write_tensors(self.value_head.state_dict(), Path(output_dir or self.args.output_dir) / VALUE_HEAD_FILE)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._step, self._buffered_inputs = 0, None  # of an earlier call
+        return super().train(*args, **kwargs)
+
+    @property
+    def _rollouts_key(self) -> list[Any]:
+        """What a run must have in common with another one to go on with its rollouts."""
+        args = self.args
+        return [
+            self.accelerator.num_processes,
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            args.steps_per_generation,
+            args.num_iterations,
+            args.beta != 0.0,
+            args.advantage_estimator,
+        ]
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        path = Path(output_dir, f"rollouts_{self.accelerator.process_index}.pt")
+        path.unlink(missing_ok=True)  # of an earlier run in the same folder
         if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
             # Otherwise a resumed run would generate anew, and be another one
-            rollouts = {"step": self._step, "num_processes": self.accelerator.num_processes}
-            path = Path(output_dir, f"rollouts_{self.accelerator.process_index}.pt")
-            torch.save(rollouts | {"batches": self._buffered_inputs}, path)
+            with written_beside(path) as beside:
+                torch.save({"key": self._rollouts_key, "step": self._step, "batches": self._buffered_inputs}, beside)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with self._without_value_head():  # which has a file of its own
@@ -407,9 +450,11 @@ class _ActorCriticTrainer(GRPOTrainer):
         path = Path(resume_from_checkpoint, f"rollouts_{self.accelerator.process_index}.pt")
         if path.exists():
             rollouts = torch.load(path, map_location="cpu", weights_only=True)
-            if rollouts["num_processes"] == self.accelerator.num_processes:
+            if rollouts["key"] == self._rollouts_key:
                 self._step = rollouts["step"]
                 self._buffered_inputs = send_to_device(rollouts["batches"], self.accelerator.device)
+            else:
+                logger.warning("The checkpoint's rollouts are of a run with other batch sizes: they are made anew.")
 
     def _load_best_model(self) -> None:
         with self._without_value_head():
@@ -444,7 +489,7 @@ def _check_columns(name: str, dataset: Any) -> None:
             "a string or a list of messages. Rename the column that holds it; `trl.extract_prompt` takes it out of "
             "preferences."
         )
-    if taken := sorted({"prompts", "completions", "completion_ids", "trainer_state"} & set(columns)):
+    if taken := sorted(PASSED_BY_TRL & set(columns)):
         raise ValueError(
             f"The {name} dataset has a column `{taken[0]}`. Columns go to the reward functions by name, which get "
             f"another `{taken[0]}` from the trainer. Rename or remove it."

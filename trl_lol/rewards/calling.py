@@ -114,14 +114,14 @@ def check_reward_funcs(
     return funcs, [1.0] * len(funcs) if weights is None else [float(weight) for weight in weights]
 
 
-def call(reward_func: RewardFunc, **kwargs: Any) -> Rewards:
+def call(reward_func: RewardFunc, /, **kwargs: Any) -> Rewards:
     """Call a sync reward function and check what it returns."""
     with _naming(reward_func):
         rewards = reward_func(**kwargs)
     return _check_rewards(reward_func, rewards, len(kwargs["completions"]))
 
 
-async def call_async(reward_func: RewardFunc, **kwargs: Any) -> Rewards:
+async def call_async(reward_func: RewardFunc, /, **kwargs: Any) -> Rewards:
     """Call a reward function, sync or async, and check what it returns."""
     with _naming(reward_func):
         rewards = reward_func(**kwargs)
