@@ -1,5 +1,7 @@
 """Configs of the online trainers, and what their constructors and reward functions are not to be given."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from trl import GRPOConfig
 
 from trl_lol import APAConfig, APATrainer, PPOConfig, PPOTrainer
 from trl_lol.online.base_config import _ActorCriticConfig
+from trl_lol.online.ppo_config import RENAMED_ARGUMENTS, RENAMED_FIELDS
 
 
 CONFIGS = [PPOConfig, APAConfig]
@@ -152,6 +155,26 @@ def test_awr_at_a_small_temperature_warns(caplog: pytest.LogCaptureFixture):
     assert "explodes" not in caplog.text
     make(APAConfig, loss_type="awr")
     assert "explodes" in caplog.text
+
+
+def test_names_of_the_ppo_that_trl_had(tiny_model: Callable[..., Any], prompts: Dataset):
+    """Every name that the page for its users lists as another one here."""
+    page = (Path(__file__).parent.parent / "docs" / "from_trl_ppo.md").read_text()
+    for name, new in [
+        ("kl_coef", "`beta`"),
+        ("cliprange", "`epsilon`"),
+        ("response_length", "`max_completion_length`"),
+    ]:
+        with pytest.raises(TypeError, match=f"`{name}`.* is {new} here"):
+            make(PPOConfig, **{name: 1})
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'kl_coeff'"):
+        make(PPOConfig, kl_coeff=1)
+    for name in RENAMED_FIELDS | RENAMED_ARGUMENTS:
+        assert f"`{name}`" in page, name
+    with pytest.raises(TypeError, match=r"`value_model`.* is a head on the policy"):
+        PPOTrainer(model=tiny_model(), reward_funcs=constant, train_dataset=prompts, value_model=tiny_model())
+    config = make(PPOConfig, beta=0.2)
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
 
 
 # ---- Trainers ----

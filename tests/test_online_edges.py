@@ -187,7 +187,7 @@ def test_a_reward_model_that_overflows(build, tokenizer):
     model.config._name_or_path = "path/to/judge"
     torch.nn.init.constant_(model.score.weight, float("inf"))  # infinities of either sign add up to NaN
     trainer = build(reward_funcs=[early_tokens, model], reward_processing_classes=[None, tokenizer])
-    with pytest.raises(ValueError, match="reward model 'judge' returned (nan|inf)"):
+    with pytest.raises(ValueError, match=r"reward model 'judge' returned (nan|inf)"):
         trainer.train()
 
 

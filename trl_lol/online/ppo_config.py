@@ -1,6 +1,38 @@
 from dataclasses import dataclass, field
+from typing import Any
 
 from .base_config import _ActorCriticConfig
+
+
+# What TRL's own PPO called its arguments, until 1.12
+RENAMED_FIELDS = {
+    "kl_coef": "`beta`",
+    "cliprange": "`epsilon`",
+    "cliprange_value": "`value_epsilon`",
+    "num_ppo_epochs": "`num_iterations`",
+    "num_mini_batches": "`steps_per_generation`",
+    "response_length": "`max_completion_length`",
+    "total_episodes": "`num_train_epochs` or `max_steps`",
+    "stop_token": "the EOS tokens of the model's generation config",
+    "stop_token_id": "the EOS tokens of the model's generation config",
+    "num_sample_generations": "`log_completions`",
+    "local_rollout_forward_batch_size": "`per_device_train_batch_size`",
+}
+RENAMED_ARGUMENTS = {
+    "reward_model": "`reward_funcs`",
+    "value_model": "a head on the policy, which needs no argument",
+    "ref_model": "the initial policy, which needs no argument",
+}
+
+
+def refuse_old_names(names: Any, renamed: dict[str, str]) -> None:
+    """Say what an argument of TRL's PPO is called here, where Python would say that there is none of that name."""
+    for name in names:
+        if name in renamed:
+            raise TypeError(
+                f"`{name}`, of the PPO that TRL had until 1.12, is {renamed[name]} here. docs/from_trl_ppo.md has all "
+                "old names and new."
+            )
 
 
 @dataclass
@@ -25,6 +57,10 @@ class PPOConfig(_ActorCriticConfig):
     """
 
     _loss_types = ("ppo",)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "PPOConfig":
+        refuse_old_names(kwargs, RENAMED_FIELDS)
+        return super().__new__(cls)
 
     loss_type: str = field(
         default="ppo", metadata={"help": "Type of loss to use. The only possible value is `'ppo'`."}

@@ -1,9 +1,10 @@
 import textwrap
+from typing import Any
 
 from torch import Tensor
 
 from ..losses import ppo_policy_loss
-from .ppo_config import PPOConfig
+from .ppo_config import RENAMED_ARGUMENTS, PPOConfig, refuse_old_names
 from .trainer import _ActorCriticTrainer
 
 
@@ -71,6 +72,10 @@ class PPOTrainer(_ActorCriticTrainer):
                 eprint       = {arXiv:1707.06347},
             }"""),
     }
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "PPOTrainer":
+        refuse_old_names(kwargs, RENAMED_ARGUMENTS)
+        return super().__new__(cls)
 
     def _policy_loss(self, logps: Tensor, inputs: dict[str, Tensor], mask: Tensor) -> Tensor:
         old_logps, advantages, epsilon = inputs["old_per_token_logps"], inputs["advantages"], self.args.epsilon
