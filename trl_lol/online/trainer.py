@@ -100,17 +100,7 @@ class _ActorCriticTrainer(GRPOTrainer):
                 f"{type(self).__name__} does not support `{unsupported[0]}`: tokens that others put into a completion "
                 "would be trained on as if the policy had chosen them. Use GRPOTrainer, or leave it out."
             )
-        for name, dataset in _datasets(train_dataset, eval_dataset):
-            _check_columns(name, dataset)
-        num_prompts = args.generation_batch_size // args.num_generations
-        if isinstance(train_dataset, Dataset) and len(train_dataset) < num_prompts:
-            raise ValueError(
-                f"The train dataset has {len(train_dataset)} prompts, and a generation batch takes {num_prompts}: "
-                f"`generation_batch_size={args.generation_batch_size}` completions, `num_generations="
-                f"{args.num_generations}` of each. TRL drops what does not fill a batch, so nothing would be trained "
-                "on. Lower `per_device_train_batch_size` or `steps_per_generation`, or pass more prompts."
-            )
-
+        _check_datasets(train_dataset, eval_dataset, args)
         if isinstance(model, nn.Module):
             base_model = model.get_base_model() if is_peft_model(model) else model
             if isinstance(getattr(base_model, "value_head", None), StateValueHead):
@@ -145,9 +135,7 @@ class _ActorCriticTrainer(GRPOTrainer):
         if reference is not None:
             add_fused_lm_head(reference, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
-        # Without its adapter, a model is the initial policy only where a new adapter does nothing
-        does_something = getattr(peft_config, "init_lora_weights", True) not in (True, "gaussian", "eva")
-        if is_peft_model(self.model) and (is_own or (beta != 0.0 and does_something)):
+        elif is_own or (beta != 0.0 and not _starts_as_identity(peft_config)):
             copy_adapter_as_reference(self.model)
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(
@@ -471,18 +459,29 @@ class _ActorCriticTrainer(GRPOTrainer):
             logger.warning(f"There is no {VALUE_HEAD_FILE} in {folder}: the value head keeps its weights.")
 
 
-def _datasets(train_dataset: Any, eval_dataset: Any) -> Iterator[tuple[str, Dataset | IterableDataset]]:
-    yield "train", train_dataset
-    if isinstance(eval_dataset, dict):
-        yield from eval_dataset.items()
-    else:
-        yield "eval", eval_dataset
+def _starts_as_identity(peft_config: Any | None) -> bool:
+    """Whether a model with a new adapter is the same as without it, which can then be its reference."""
+    return getattr(peft_config, "init_lora_weights", True) in (True, "gaussian", "eva")
 
 
-def _check_columns(name: str, dataset: Any) -> None:
-    if not isinstance(dataset, Dataset | IterableDataset):
-        return  # GRPOTrainer's constructor says what it accepts
-    columns = get_dataset_column_names(dataset)
+def _check_datasets(train_dataset: Any, eval_dataset: Any, args: _ActorCriticConfig) -> None:
+    for name, dataset in {
+        "train": train_dataset,
+        **(eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}),
+    }.items():
+        if isinstance(dataset, Dataset | IterableDataset):  # GRPOTrainer's constructor says what it accepts
+            _check_columns(name, get_dataset_column_names(dataset))
+    num_prompts = args.generation_batch_size // args.num_generations
+    if isinstance(train_dataset, Dataset) and len(train_dataset) < num_prompts:
+        raise ValueError(
+            f"The train dataset has {len(train_dataset)} prompts, and a generation batch takes {num_prompts}: "
+            f"`generation_batch_size={args.generation_batch_size}` completions, `num_generations="
+            f"{args.num_generations}` of each. TRL drops what does not fill a batch, so nothing would be trained on. "
+            "Lower `per_device_train_batch_size` or `steps_per_generation`, or pass more prompts."
+        )
+
+
+def _check_columns(name: str, columns: list[str]) -> None:
     if "prompt" not in columns:
         raise ValueError(
             f"The {name} dataset has the columns {', '.join(columns)}, and completions are generated for a `prompt`, "
