@@ -122,7 +122,7 @@ def test_grpo_defaults_are_no_error(config_class: type):
         (PPOConfig, {"epsilon": 0.0}, "must be positive"),
         (PPOConfig, {"loss_type": "apa"}, "PPOConfig accepts 'ppo'"),
         (APAConfig, {"beta": 0.0}, "must be positive"),
-        (APAConfig, {"epsilon": 0.1}, "`epsilon=0.1` means something to GRPO only|`epsilon=0.1`"),
+        (APAConfig, {"epsilon": 0.1}, "`epsilon=0.1` is an argument of GRPO that has no meaning here"),
         (APAConfig, {"loss_type": "ppo"}, "accepts 'apa' or 'awr'"),
         (APAConfig, {"reset_ref_patience": 0, "eval_strategy": "steps", "eval_steps": 1}, "at least 1"),
         (APAConfig, {"reset_ref_patience": 2}, "eval_strategy='no'"),
@@ -223,8 +223,19 @@ def test_tokens_of_others_are_refused(build: Callable[..., Any], config_class: t
 
 
 def test_no_reward_function(build: Callable[..., Any]):
-    with pytest.raises(ValueError, match="No reward source"):
-        build(PPOConfig)
+    for nothing in (None, [], [constant, None], 5):
+        with pytest.raises((TypeError, ValueError), match=r"`reward_funcs` holds|No reward source"):
+            build(PPOConfig, nothing)
+
+
+def test_a_language_model_is_no_reward_model(
+    build: Callable[..., Any], tiny_model: Callable[..., Any], tmp_path: Path
+):
+    """TRL would give it a random head, and train on that."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    for model in (tiny_model(), str(tmp_path / "model")):
+        with pytest.raises(ValueError, match="is a LlamaForCausalLM, a language model"):
+            build(PPOConfig, [constant, model])
 
 
 def test_datasets_that_will_not_do(build: Callable[..., Any], prompts: Dataset):
@@ -234,6 +245,10 @@ def test_datasets_that_will_not_do(build: Callable[..., Any], prompts: Dataset):
         build(PPOConfig, constant, eval_dataset={"test": Dataset.from_dict({"text": ["a"]})})
     with pytest.raises(ValueError, match="`images`"):
         build(PPOConfig, constant, prompts.add_column("images", [None] * len(prompts)))
+    with pytest.raises(ValueError, match=r"first `prompt` of the train dataset is \[1, 2\]"):
+        build(PPOConfig, constant, Dataset.from_dict({"prompt": [[1, 2]] * 4}))
+    with pytest.raises(ValueError, match="`train_dataset` is required"):
+        build(PPOConfig, constant, None)
     # TRL would train on nothing, and say so nowhere
     with pytest.raises(ValueError, match="16 prompts, and a generation batch takes 32"):
         build(PPOConfig, constant, per_device_train_batch_size=32)

@@ -168,8 +168,8 @@ class _ActorCriticConfig(GRPOConfig):
         for name in self._grpo_only:
             if (found := getattr(self, name)) != defaults[name]:
                 raise ValueError(
-                    f"`{name}={found!r}` means something to GRPO only, and {type(self).__name__} accepts no value but "
-                    f"{defaults[name]!r}. Remove it."
+                    f"`{name}={found!r}` is an argument of GRPO that has no meaning here: {type(self).__name__} "
+                    f"accepts no value but {defaults[name]!r}. Remove it."
                 )
         if self.loss_type not in self._loss_types:
             raise ValueError(

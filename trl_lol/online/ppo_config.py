@@ -16,6 +16,10 @@ RENAMED_FIELDS = {
     "stop_token": "the EOS tokens of the model's generation config",
     "stop_token_id": "the EOS tokens of the model's generation config",
     "num_sample_generations": "`log_completions`",
+    "kl_estimator": 'always "k1"',
+    "dataset_num_proc": "not needed (prompts are tokenised as they come)",
+    "sft_model_path": "`model` of the trainer",
+    "reward_model_path": "`reward_funcs` of the trainer",
     "local_rollout_forward_batch_size": "`per_device_train_batch_size`",
 }
 RENAMED_ARGUMENTS = {

@@ -14,8 +14,8 @@ from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from trl import GRPOTrainer
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from trl import GRPOTrainer, is_conversational
 
 from .._cache import write_tensors, written_beside
 from .._epochs import SetEpochCallback
@@ -101,6 +101,7 @@ class _ActorCriticTrainer(GRPOTrainer):
                 "would be trained on as if the policy had chosen them. Use GRPOTrainer, or leave it out."
             )
         _check_datasets(train_dataset, eval_dataset, args)
+        _check_reward_funcs(reward_funcs, args)
         if isinstance(model, nn.Module):
             base_model = model.get_base_model() if is_peft_model(model) else model
             if isinstance(getattr(base_model, "value_head", None), StateValueHead):
@@ -112,9 +113,7 @@ class _ActorCriticTrainer(GRPOTrainer):
         if is_own:
             args.beta = 0.0
             if not is_peft_model(model):
-                reference = copy_as_reference(
-                    model, "train a LoRA, or pass the model's name or path instead of the model"
-                )
+                reference = copy_as_reference(model, "train a LoRA")
         try:
             super().__init__(
                 model=model,
@@ -464,13 +463,43 @@ def _starts_as_identity(peft_config: Any | None) -> bool:
     return getattr(peft_config, "init_lora_weights", True) in (True, "gaussian", "eva")
 
 
+def _check_reward_funcs(reward_funcs: Any, args: _ActorCriticConfig) -> None:
+    """GRPOTrainer would load a language model as a reward model with a random head, and train on what that says."""
+    for func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        if not isinstance(func, str) and not callable(func):
+            raise TypeError(
+                f"`reward_funcs` holds {func!r}. Pass a function f(prompts, completions, **columns), a "
+                "sequence-classification model, its name or path, or a list of these."
+            )
+        config = getattr(func, "config", None)
+        if isinstance(func, str):
+            config = AutoConfig.from_pretrained(func, trust_remote_code=args.trust_remote_code)
+        architectures = (
+            [type(func).__name__] if isinstance(func, nn.Module) else getattr(config, "architectures", None)
+        )
+        for name in architectures or []:
+            if name.endswith(("ForCausalLM", "LMHeadModel")):
+                raise ValueError(
+                    f"{func if isinstance(func, str) else 'A model'} in `reward_funcs` is a {name}, a language model. A "
+                    "reward model is a sequence-classification model with one label."
+                )
+
+
 def _check_datasets(train_dataset: Any, eval_dataset: Any, args: _ActorCriticConfig) -> None:
+    if train_dataset is None:
+        raise ValueError("`train_dataset` is required: a dataset with a column `prompt`.")
     for name, dataset in {
         "train": train_dataset,
         **(eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}),
     }.items():
         if isinstance(dataset, Dataset | IterableDataset):  # GRPOTrainer's constructor says what it accepts
             _check_columns(name, get_dataset_column_names(dataset))
+            prompt = next((row["prompt"] for row in dataset), "")
+            if not isinstance(prompt, str) and not is_conversational({"prompt": prompt}):
+                raise ValueError(
+                    f"The first `prompt` of the {name} dataset is {str(prompt)[:80]}. Pass text or a list of "
+                    "messages: the trainer tokenises it."
+                )
     num_prompts = args.generation_batch_size // args.num_generations
     if isinstance(train_dataset, Dataset) and len(train_dataset) < num_prompts:
         raise ValueError(
@@ -486,7 +515,7 @@ def _check_columns(name: str, columns: list[str]) -> None:
         raise ValueError(
             f"The {name} dataset has the columns {', '.join(columns)}, and completions are generated for a `prompt`, "
             "a string or a list of messages. Rename the column that holds it; `trl.extract_prompt` takes it out of "
-            "preferences."
+            "preferences. Token ids will not do: the trainer tokenises."
         )
     if taken := sorted(PASSED_BY_TRL & set(columns)):
         raise ValueError(
