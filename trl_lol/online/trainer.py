@@ -480,8 +480,8 @@ def _check_reward_funcs(reward_funcs: Any, args: _ActorCriticConfig) -> None:
         for name in architectures or []:
             if name.endswith(("ForCausalLM", "LMHeadModel")):
                 raise ValueError(
-                    f"{func if isinstance(func, str) else 'A model'} in `reward_funcs` is a {name}, a language model. A "
-                    "reward model is a sequence-classification model with one label."
+                    f"{func if isinstance(func, str) else 'A model'} in `reward_funcs` is a {name}, a language model. "
+                    "A reward model is a sequence-classification model with one label."
                 )
 
 
