@@ -123,12 +123,14 @@ class APATrainer(_ActorCriticTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        Path(output_dir, REFERENCE_FILE).unlink(missing_ok=True)  # of an earlier run in the same folder
-        if self._is_reference_reset and self.ref_model is not None and self.args.should_save:
+        if not self.args.should_save:
+            return
+        path = Path(output_dir, REFERENCE_FILE)
+        path.unlink(missing_ok=True)  # of an earlier run in the same folder
+        if self._is_reference_reset and self.ref_model is not None:
             weights = self.accelerator.unwrap_model(self.ref_model).state_dict()
             # Tied weights are one tensor under two names, which the format refuses
-            weights = {name: tensor.cpu().clone() for name, tensor in weights.items()}
-            write_tensors(weights, Path(output_dir, REFERENCE_FILE))
+            write_tensors({name: tensor.cpu().clone() for name, tensor in weights.items()}, path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
