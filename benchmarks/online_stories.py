@@ -11,10 +11,10 @@ that TRL removed in 1.13; it runs in an environment of its own (`--environment`)
 installed versions of torch, transformers, accelerate and datasets.
 
 Each batch of 64 completions is generated for 64 openings (16 with 4 completions each for RLOO and GRPO) and trained on
-as often as the method's config says by default, 4 updates for PPO and 1 for RLOO and GRPO; APA and AWR get PPO's 4. β is
-PPO's and RLOO's KL coefficient; GRPO divides the rewards by their standard deviation first, which makes the same β
-weaker, unless it is told not to ("unscaled"). Gradients are
-clipped to norm 1 as by default, which TRL 1.12's PPO does not do.
+as often as the method's config says by default, 4 updates for PPO and 1 for RLOO and GRPO; APA and AWR get PPO's 4. β
+is PPO's and RLOO's KL coefficient; GRPO divides the rewards by their standard deviation first, which makes the same β
+weaker, unless it is told not to ("unscaled"). Gradients are clipped to norm 1 as by default, which TRL 1.12's PPO does
+not do.
 
 Learning rates: of 3e-5, 1e-4, 3e-4 and 1e-3, the one with the highest reward − β KL on the validation openings after
 3200 completions of seed 100. PPO, APA and AWR were tried at two or three of these (AWR also at 1e-5); "GRPO, unscaled"
