@@ -112,7 +112,10 @@ def test_what_means_something_to_grpo_only(config_class: type, name: str, value:
 @pytest.mark.parametrize("config_class", CONFIGS)
 def test_grpo_defaults_are_no_error(config_class: type):
     """Also as they are written in scripts: `scale_rewards=True` is GRPO's "group"."""
-    make(config_class, scale_rewards=True, **{n: getattr(GRPOConfig, n) for n in _ActorCriticConfig._grpo_only[:5]})
+    defaults = {name: getattr(GRPOConfig, name) for name in _ActorCriticConfig._grpo_only}
+    config = make(config_class, **(defaults | {"scale_rewards": True}))
+    assert {name: getattr(config, name) for name in defaults} == defaults
+    assert config.scale_rewards == "group"
 
 
 @pytest.mark.parametrize(
@@ -209,7 +212,7 @@ def test_what_is_no_config_of_ours(
     config_class: type, tmp_path: Path, tiny_model: Callable[..., Any], prompts: Dataset
 ):
     args = cpu_args(GRPOConfig, tmp_path, num_generations=2)
-    with pytest.raises(TypeError, match=f"GRPOConfig, and .* expects {config_class.__name__}"):
+    with pytest.raises(TypeError, match=rf"GRPOConfig\. .* expects {config_class.__name__}.*replacing the class name"):
         TRAINERS[config_class](tiny_model(), constant, args, prompts)
 
 

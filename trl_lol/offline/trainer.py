@@ -19,12 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import DPOTrainer
 
 from .. import __version__
+from .._arguments import resolve_args
 from .._cache import cached, content_key, model_key
 from .._epochs import SetEpochCallback
 from .._reference import copy_as_reference
 from .._trl import (
     disable_gradient_checkpointing,
-    get_config_model_id,
     global_then_local_main_first,
     use_adapter,
 )
@@ -65,14 +65,7 @@ class _OfflineRewardTrainer(DPOTrainer):
         peft_config: Any | None = None,
         reward_funcs: RewardFunc | list[RewardFunc] | None = None,
     ) -> None:
-        if args is None:
-            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = self._config_class(f"{model_name.split('/')[-1] or 'model'}-{self._name}")
-        elif not isinstance(args, self._config_class):
-            raise TypeError(
-                f"`args` is of type {type(args).__name__}. {type(self).__name__} expects "
-                f"{self._config_class.__name__}, which accepts the same arguments: replacing the class name is enough."
-            )
+        args = resolve_args(args, self._config_class, model, type(self))
         self.cache_dir = Path(args.output_dir) / "_cache"  # what begins with "_" is not pushed to the Hub
         self.reward_funcs = reward_funcs if isinstance(reward_funcs, list | None) else [reward_funcs]
         if compute_metrics is not None and self._min_completions > 1:

@@ -17,13 +17,13 @@ from torch.utils.data import Sampler
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOTrainer, is_conversational
 
+from .._arguments import resolve_args
 from .._cache import write_tensors, written_beside
 from .._epochs import SetEpochCallback
 from .._reference import copy_adapter_as_reference, copy_as_reference
 from .._trl import (
     add_fused_lm_head,
     disable_gradient_checkpointing,
-    get_config_model_id,
     get_dataset_column_names,
     is_async_callable,
 )
@@ -86,14 +86,7 @@ class _ActorCriticTrainer(GRPOTrainer):
         rollout_func: Callable | None = None,
         environment_factory: Any | None = None,
     ) -> None:
-        if args is None:
-            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = self._config_class(f"{model_name.split('/')[-1] or 'model'}-{self._name}")
-        elif not isinstance(args, self._config_class):
-            raise TypeError(
-                f"`args` is of type {type(args).__name__}, and {type(self).__name__} expects "
-                f"{self._config_class.__name__}."
-            )
+        args = resolve_args(args, self._config_class, model, type(self))
         given = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
         if unsupported := [name for name, value in given.items() if value]:
             raise ValueError(
