@@ -634,8 +634,9 @@ def test_padding_changes_nothing(
     assert longer["loss_mask"].shape == (8, 9)
     reference = loss_and_gradient(trainer, inputs)
     assert_same(loss_and_gradient(trainer, longer), reference, rtol=1e-6, atol=1e-6)
-    longer["loss_mask"] = longer["loss_mask"].clone()
-    longer["loss_mask"][:, -1] = 1  # control: as a token it would count
+    for name in ("loss_mask", "value_mask"):  # control: as tokens they would count
+        longer[name] = longer[name].clone()
+        longer[name][:, -1] = 1
     assert abs(loss_and_gradient(trainer, longer)[0] - reference[0]) > 1e-3
 
 

@@ -19,6 +19,8 @@ _MODULES = {
     "CoPGConfig": ".offline.copg_config",
     "CoPGTrainer": ".offline.copg_trainer",
     "ColumnReward": ".rewards",
+    "DRPOConfig": ".online.drpo_config",
+    "DRPOTrainer": ".online.drpo_trainer",
     "GenerationEvalCallback": ".evaluation",
     "PPOConfig": ".online.ppo_config",
     "PPOTrainer": ".online.ppo_trainer",
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from .offline.copg_trainer import CoPGTrainer
     from .online.apa_config import APAConfig
     from .online.apa_trainer import APATrainer
+    from .online.drpo_config import DRPOConfig
+    from .online.drpo_trainer import DRPOTrainer
     from .online.ppo_config import PPOConfig
     from .online.ppo_trainer import PPOTrainer
     from .report import AdvantageReport

@@ -227,27 +227,38 @@ class _ActorCriticTrainer(GRPOTrainer):
         self._passes.clear()
 
         rewards = self._completion_rewards(batch)
-        mask = batch["completion_mask"] * ~rewards.isnan().unsqueeze(1)
+        mask, value_mask = (m * ~rewards.isnan().unsqueeze(1) for m in self._masks(batch))
         log_ratio = None
         if "ref_per_token_logps" in batch:
-            log_ratio = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]).masked_fill(mask == 0, 0.0)
-            self._log_means(mask.any(dim=1), **{"kl/completion": log_ratio.sum(dim=1)})
+            log_ratio = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]).masked_fill(value_mask == 0, 0.0)
+            self._log_means(mask.any(dim=1), **{"kl/completion": (log_ratio * mask).sum(dim=1)})
         num_generations = self.num_generations if is_train else self.num_generations_eval
         if old_values is None:
             batch["advantages"] = self._leave_one_out(rewards, log_ratio, num_generations).unsqueeze(1) * mask
         else:
-            batch |= {"old_values": old_values, **self._gae(rewards, mask, log_ratio, old_values)}
+            batch |= {"old_values": old_values, **self._gae(rewards, value_mask, log_ratio, old_values)}
         if args.whiten_advantages:
-            batch["advantages"] = self._whiten(batch["advantages"], mask)
+            batch["advantages"] = self._whiten(batch["advantages"], value_mask)
         self._correct_logs(batch["advantages"], mask, num_generations)
-        return batch | {"loss_mask": mask, "num_items_in_batch": self.accelerator.gather(mask.sum()).sum()}
+        masks = {"loss_mask": mask, "value_mask": value_mask}
+        num_items, num_value_items = self.accelerator.gather(torch.stack([m.sum() for m in masks.values()])[None]).sum(
+            dim=0
+        )
+        return batch | masks | {"num_items_in_batch": num_items, "num_value_items_in_batch": num_value_items}
 
-    def _completion_rewards(self, batch: dict[str, Any]) -> Tensor:
-        """The rewards of this process's completions, NaN for those that no function has scored."""
+    def _masks(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The tokens that the policy loss is over, and those that rewards, values and whitening are over."""
+        return batch["completion_mask"], batch["completion_mask"]
+
+    def _weighted_rewards(self) -> Tensor:
+        """The rewards of all processes' completions, NaN for those that no function has scored."""
         weights = self.reward_weights.to(self._rewards_per_func)
         rewards = (self._rewards_per_func * weights).nansum(dim=1)
-        rewards = rewards.masked_fill(self._rewards_per_func.isnan().all(dim=1), torch.nan)
-        rewards = self._own_rows(rewards, len(batch["completion_ids"]))
+        return rewards.masked_fill(self._rewards_per_func.isnan().all(dim=1), torch.nan)
+
+    def _completion_rewards(self, batch: dict[str, Any]) -> Tensor:
+        """The rewards of this process's completions, less what a missing EOS costs."""
+        rewards = self._own_rows(self._weighted_rewards(), len(batch["completion_ids"]))
         if self.args.missing_eos_penalty is not None:
             eos = torch.tensor(self.eos_token_ids, device=rewards.device)
             # Padding may be an EOS token, too
@@ -277,7 +288,7 @@ class _ActorCriticTrainer(GRPOTrainer):
 
     def _correct_logs(self, advantages: Tensor, mask: Tensor, num_generations: int) -> None:
         """Where GRPO has logged what is true of its own advantages. The log of completions gets means over tokens."""
-        means = self._gather_rows(advantages.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).tolist()
+        means = self._gather_rows((advantages * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).tolist()
         logged = self._logs["advantages"]
         for i in range(1, min(len(logged), len(means)) + 1):
             logged[-i] = means[-i]
@@ -331,14 +342,7 @@ class _ActorCriticTrainer(GRPOTrainer):
         policy_losses = self._policy_loss(logps, inputs, mask).masked_fill(mask == 0, 0.0)
         if "importance_sampling_ratio" in inputs:  # of the policy to vLLM's version of it
             policy_losses = policy_losses * inputs["importance_sampling_ratio"]
-        losses = policy_losses - self.entropy_coef * entropies * mask
         metrics = {"policy_loss": policy_losses, "entropy": entropies}
-        if self.value_head is not None:
-            value_losses = value_loss(
-                self._passes.pop(), inputs["old_values"], inputs["returns"], mask, epsilon=self.args.value_epsilon
-            )
-            losses = losses + self.args.vf_coef * value_losses
-            metrics["value_loss"] = value_losses
         if "ref_per_token_logps" in inputs:
             log_ratio = inputs["ref_per_token_logps"] - logps.detach()
             metrics["kl"] = log_ratio.exp() - log_ratio - 1  # as GRPO estimates it
@@ -348,8 +352,21 @@ class _ActorCriticTrainer(GRPOTrainer):
         # generation batch, and DDP averages over processes
         num_accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
         num_steps = self.args.steps_per_generation if self.model.training else 1
-        num_items = inputs["num_items_in_batch"].clamp(min=1) * num_accumulated / num_steps
-        loss = losses.sum() / (num_items / self.accelerator.num_processes)
+        scale = self.accelerator.num_processes * num_steps / num_accumulated
+        losses = policy_losses - self.entropy_coef * entropies * mask
+        loss = scale * losses.sum() / inputs["num_items_in_batch"].clamp(min=1)
+        if self.value_head is not None:
+            value_mask = inputs["value_mask"]
+            value_losses = value_loss(
+                self._passes.pop(),
+                inputs["old_values"],
+                inputs["returns"],
+                value_mask,
+                epsilon=self.args.value_epsilon,
+            )
+            num_value_items = inputs["num_value_items_in_batch"].clamp(min=1)
+            loss = loss + self.args.vf_coef * scale * value_losses.sum() / num_value_items
+            self._log_means(value_mask, value_loss=value_losses)
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss / num_accumulated
             self._log("aux_loss", self.accelerator.gather(aux_loss).mean())
