@@ -1,10 +1,16 @@
 """
 Online methods on a small real language model: stories are generated for 240 openings, scored by sentiment (VADER), and
 trained on; the policy is judged on held-out openings along the way. Every method gets the same number of completions.
+DR-PO, and SFT on its references, get a good story for each opening beside it: the best of 16 by the same reward.
 
     pip install vaderSentiment
     python benchmarks/online_stories.py run --model STORIES260K --output benchmarks/results/online_stories
     python benchmarks/online_stories.py table --output benchmarks/results/online_stories
+
+and for DR-PO, beside PPO's `reset_prob=0`, with other values of it:
+
+    python benchmarks/online_stories.py run --model STORIES260K --output benchmarks/results/drpo_stories \\
+        --methods "SFT on references" "DR-PO" --set reset_prob=0.5
 
 PPO, APA and AWR are those of this package, RLOO and GRPO those of the installed TRL. "TRL 1.12 PPO" is the trainer
 that TRL removed in 1.13; it runs in an environment of its own (`--environment`), made if it is missing, with the
@@ -47,9 +53,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl_ppo_stories import RunMeter
 
 from trl_lol.evaluation import evaluate_policy
+from trl_lol.generation import generate_completions
 
 
 BASELINE = "TRL 1.12 PPO"
+NUM_SAMPLED = 16  # stories of which the best is an opening's reference
 METRICS = {"reward": 3, "kl": 1, "length": 1, "distinct_2": 3}  # and the digits shown
 BETA = 0.05  # of PPO's and RLOO's objective, reward − β KL, by whose final value the learning rates were picked
 HERE = Path(__file__).parent
@@ -60,6 +68,13 @@ OURS = {"num_iterations": 4, "value_learning_rate": 1e-3}  # as many passes for 
 METHODS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "PPO": ("trl_lol", "PPOTrainer", "PPOConfig", {**OURS, "learning_rate": 3e-5, "beta": BETA}),
     "PPO, lam 1": ("trl_lol", "PPOTrainer", "PPOConfig", {**OURS, "learning_rate": 3e-5, "beta": BETA, "lam": 1.0}),
+    "DR-PO": (
+        "trl_lol",
+        "DRPOTrainer",
+        "DRPOConfig",
+        {**OURS, "learning_rate": 3e-5, "beta": BETA, "lam": 1.0, "reset_prob": 1.0},
+    ),
+    "SFT on references": ("trl", "SFTTrainer", "SFTConfig", {"learning_rate": 1e-4, "completion_only_loss": True}),
     "APA": ("trl_lol", "APATrainer", "APAConfig", {**OURS, "learning_rate": 3e-5, "beta": 0.1, "loss_type": "apa"}),
     "AWR": ("trl_lol", "APATrainer", "APAConfig", {**OURS, "learning_rate": 1e-5, "beta": 1.0, "loss_type": "awr"}),
     "RLOO": ("trl", "RLOOTrainer", "RLOOConfig", {"learning_rate": 1e-4, "beta": BETA, "num_generations": 4}),
@@ -72,6 +87,7 @@ METHODS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     ),
     "TRL 1.12 PPO": ("", "PPOTrainer", "PPOConfig", {"learning_rate": 3e-5, "kl_coef": BETA}),
 }
+WITH_REFERENCES = ("DR-PO", "SFT on references")
 
 
 def environment(folder: Path) -> Path:
@@ -86,6 +102,21 @@ def environment(folder: Path) -> Path:
     for packages in (same[:1], ["trl==1.12.0", *same[1:], "vaderSentiment"]):
         subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
     return python
+
+
+def references(seed: int, args: argparse.Namespace) -> list[str]:
+    """The best of several stories for each opening."""
+    path = args.work_dir / f"references-{seed}.json"
+    if not path.exists():
+        tokenizer, model = AutoTokenizer.from_pretrained(args.model), AutoModelForCausalLM.from_pretrained(args.model)
+        prompts = [prompt for prompt in openings()["train"] for _ in range(NUM_SAMPLED)]
+        stories, _, _ = generate_completions(
+            model, tokenizer, prompts, max_new_tokens=args.max_new_tokens, batch_size=480, seed=seed
+        )
+        best = np.reshape(sentiment(prompts, stories), (-1, NUM_SAMPLED)).argmax(axis=1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([stories[i * NUM_SAMPLED + member] for i, member in enumerate(best)]))
+    return json.loads(path.read_text())
 
 
 def specify(name: str, seed: int, overrides: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -128,16 +159,19 @@ def specify(name: str, seed: int, overrides: dict[str, Any], args: argparse.Name
 def config_for(spec: dict[str, Any]) -> tuple[type, Any]:
     package, trainer, config, _ = METHODS[spec["method"]]
     module = import_module(package)
+    generation = {
+        "generation_batch_size": spec["batch_size"],
+        "max_completion_length": spec["max_new_tokens"],
+        "temperature": 1.0,
+    }
     config = getattr(module, config)(
         spec["folder"],
         max_steps=10**9,  # the number of updates per generated batch is known only now
-        generation_batch_size=spec["batch_size"],
-        max_completion_length=spec["max_new_tokens"],
-        temperature=1.0,
+        **({} if config == "SFTConfig" else generation),
         **spec["arguments"],
         **spec["settings"],
     )
-    config.max_steps = spec["num_completions"] // spec["batch_size"] * config.num_iterations
+    config.max_steps = spec["num_completions"] // spec["batch_size"] * getattr(config, "num_iterations", 1)
     return getattr(module, trainer), config
 
 
@@ -145,18 +179,29 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     trainer_class, config = config_for(spec)
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     tokenizer.chat_template = TEMPLATE
-    dataset = Dataset.from_dict({"prompt": spec["prompts"]})
-    points = {batches * config.num_iterations: batches * spec["batch_size"] for batches in spec["judged_batches"]}
+    rows: dict[str, Any] = {"prompt": spec["prompts"]}
+    if spec["method"] in WITH_REFERENCES:
+        rows["completion"] = spec["references"]
+    num_iterations, reward = getattr(config, "num_iterations", 1), {"reward_funcs": sentiment}
+    if config.__class__.__name__ == "SFTConfig":  # which would write an EOS behind texts, but not behind messages
+        roles, reward = {"prompt": "user", "completion": "assistant"}, {}
+        rows = {name: [[{"role": roles[name], "content": text}] for text in rows[name]] for name in roles}
+    points = {batches * num_iterations: batches * spec["batch_size"] for batches in spec["judged_batches"]}
     set_seed(spec["seed"])
     meter = RunMeter(lambda folder: trainer.save_model(str(folder)), Path(spec["folder"]), points)
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=getattr(torch, spec["dtype"]))
     trainer = trainer_class(
-        model, sentiment, args=config, train_dataset=dataset, processing_class=tokenizer, callbacks=[meter]
+        model,
+        args=config,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+        callbacks=[meter],
+        **reward,
     )
     measured = meter.measure(trainer.train)
     return {
         **measured,
-        "updates_per_batch": config.num_iterations,
+        "updates_per_batch": num_iterations,
         "versions": {name: version(name) for name in ("trl-lol", "trl", "transformers", "torch")},
         "log_history": trainer.state.log_history,
     }
@@ -184,6 +229,8 @@ def run(spec: dict[str, Any], folder: Path, args: argparse.Namespace) -> dict[st
     if spec["method"] == BASELINE:
         python, script = environment(args.environment or args.work_dir / "trl_1.12"), [HERE / "trl_ppo_stories.py"]
     full = {**spec, "model": args.model, "folder": str(folder), "prompts": openings()["train"]}
+    if spec["method"] in WITH_REFERENCES:
+        full["references"] = references(spec["seed"], args)
     (folder / "spec.json").write_text(json.dumps(full))
     with open(folder / "log.txt", "w") as log:
         command, threads = [python, *script, folder / "spec.json"], {"OMP_NUM_THREADS": str(args.threads)}
