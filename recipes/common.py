@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -44,6 +45,7 @@ from trl_lol import toy
 from trl_lol.data import as_group, tokenize_row
 from trl_lol.evaluation import evaluate_policy, reference_policy
 from trl_lol.generation import completion_logps
+from trl_lol.online.roll_in import find_reference_column
 from trl_lol.rewards.calling import RewardFunc
 from trl_lol.rewards.scoring import NOT_PASSED_ON
 
@@ -113,9 +115,11 @@ class OnlineArguments(BaseArguments):
             Sequence-classification reward model to train on, for data of yours.
         judge_model (`str`, *optional*):
             Another one to judge by, which nothing is trained on.
+        max_prompt_length (`int`, *optional*):
+            Number of tokens of a prompt at most. Longer ones, which the trainers would not cut, are left out.
         compare (`list[str]`, *optional*, defaults to `["sft", "rloo"]`):
-            Methods to train with the same number of completions, for comparison: `"sft"` on the chosen ones, and
-            `"rloo"`, TRL's.
+            Methods to train with the same number of completions, for comparison: `"sft"` on the chosen ones, `"rloo"`,
+            TRL's, and, where there are resets, `"ppo"`, the same without.
         reference_sft_batch_size (`int`, *optional*, defaults to `16`):
             Number of completions per step of supervised fine-tuning, on each process.
         sft_learning_rate (`float`, *optional*):
@@ -132,8 +136,9 @@ class OnlineArguments(BaseArguments):
 
     reward_model: str | None = field(default=None, metadata={"help": "Reward model to train on."})
     judge_model: str | None = field(default=None, metadata={"help": "Another reward model, to judge by."})
+    max_prompt_length: int | None = field(default=None, metadata={"help": "Longer prompts, in tokens, are left out."})
     compare: list[str] = field(
-        default_factory=lambda: ["sft", "rloo"], metadata={"help": "Methods to compare with: 'sft', 'rloo'."}
+        default_factory=lambda: ["sft", "rloo"], metadata={"help": "Methods to compare with: 'sft', 'rloo', 'ppo'."}
     )
     reference_sft_batch_size: int = field(default=16, metadata={"help": "Completions per SFT step on each process."})
     sft_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of SFT."})
@@ -202,6 +207,35 @@ def as_completions(rows: Dataset, chosen_only: bool) -> Dataset:
         return {"prompt": [prompt for prompt, _ in pairs], "completion": [completion for _, completion in pairs]}
 
     return rows.map(split, batched=True, remove_columns=rows.column_names)
+
+
+def as_references(rows: Dataset, column: str) -> Dataset:
+    """The same of the completions in a column. Nulls are left out, and an answer to messages may be a text."""
+
+    def pair(row: dict[str, Any]) -> dict[str, Any]:
+        prompt, completion = row["prompt"], row[column]
+        if not isinstance(prompt, str) and isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        return {"prompt": prompt, "completion": completion}
+
+    return rows.filter(lambda row: bool(row[column])).map(pair, remove_columns=rows.column_names)
+
+
+def drop_long_prompts(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
+    """Leave out prompts of more than `max_length` tokens, and say how many."""
+
+    def fits(row: dict[str, Any]) -> bool:
+        prompt = row["prompt"] if "prompt" in row else as_group(row).prompt
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt)["input_ids"]
+        else:
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return len(ids) <= max_length
+
+    kept = rows.filter(fits)
+    counts = (f"{len(rows[name]) - len(kept[name])} of {len(rows[name])} {name} rows" for name in rows)
+    announce(f"Left out for prompts of more than {max_length} tokens: {', '.join(counts)}")
+    return kept
 
 
 # ---- Training ----
@@ -518,17 +552,26 @@ def plot_rewards(samples: dict[str, list[dict[str, Any]]], output_dir: Path) -> 
 
 
 def plot_online(trainer: Trainer, output_dir: Path) -> None:
-    """What the policy gets while it trains, what it pays for that, and how well the critic foresees it."""
+    """
+    What the policy gets while it trains, what it pays for that, and how well the critic foresees it. Where there are
+    resets, completions that begin at the prompt are also shown apart: the others flatter.
+    """
     titles = {
         "reward": "Reward that is trained on",
         "kl/completion": "KL, nats per completion",
         "completions/mean_length": "Tokens per completion",
         "explained_variance": "Variance of the returns that the values explain",
     }
+    labels = {"": "all", "/no_reset": "from the prompt", "/reset": "from a reset"}
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
     for axis, (name, title) in zip(axes.flat, titles.items(), strict=True):
-        logs = [log for log in trainer.state.log_history if name in log]
-        axis.plot([log["step"] for log in logs], [log[name] for log in logs], marker=".")
+        logs = {end: [log for log in trainer.state.log_history if name + end in log] for end in labels}
+        for end in labels if logs["/reset"] else [""]:
+            axis.plot(
+                [log["step"] for log in logs[end]], [log[name + end] for log in logs[end]], marker=".", label=labels[end]
+            )
+        if logs["/reset"]:
+            axis.legend(fontsize="small")
         axis.set(xlabel="step", title=title)
     figure.savefig(output_dir / "training.png", dpi=150)
 
@@ -542,10 +585,11 @@ def run_online(
     method: str,
     toy_config: Path,
     load_rows: Callable[[OnlineArguments], DatasetDict],
+    recipe_class: type[OnlineArguments] = OnlineArguments,
 ) -> None:
     """
     Train on new answers to prompts, scored by a reward function or model, and compare with the reference, SFT and
-    TRL's RLOO.
+    TRL's RLOO, or PPO.
 
     Args:
         trainer_class (`type`):
@@ -558,12 +602,17 @@ def run_online(
             Config that is used without arguments.
         load_rows (`Callable`):
             Reads the data that is named in the arguments.
+        recipe_class (`type`, *optional*, defaults to [`OnlineArguments`]):
+            Class of the recipe's own arguments.
     """
-    recipe, args, model_args = parse(OnlineArguments, config_class, toy_config)
+    recipe, args, model_args = parse(recipe_class, config_class, toy_config)
+    resets = getattr(args, "reset_prob", 0) > 0
     if recipe.dataset_name is not None and recipe.reward_model is None:
         raise ValueError("The answers need a reward. Give `--reward_model`, a sequence-classification model.")
     if recipe.dataset_name is None and (recipe.reward_model or recipe.judge_model):
         raise ValueError("The embedded world has rewards of its own. Give `--dataset_name`, or no reward model.")
+    if "ppo" in recipe.compare and not resets:
+        raise ValueError("`--compare ppo` is the same run without resets, and this one has none. Leave it out.")
     is_main = PartialState().is_main_process
     output_dir = Path(args.output_dir)
 
@@ -577,11 +626,23 @@ def run_online(
         rows = load_rows(recipe)
         setup = Setup.from_path(recipe, args, model_args)
         reward, judge = recipe.reward_model, load_judge(setup)
-    setup.make_reference(rows["train"], per_device_train_batch_size=recipe.reference_sft_batch_size)
-    prompts = rows["train"].map(
-        lambda row: {"prompt": row["prompt"] if "prompt" in row else as_group(row).prompt},
-        remove_columns=[name for name in rows["train"].column_names if name != "prompt"],
+    if recipe.max_prompt_length is not None:
+        rows = drop_long_prompts(rows, setup.tokenizer, recipe.max_prompt_length)
+    train, columns = rows["train"], rows["train"].column_names
+    reference_column = find_reference_column(columns, args.reference_column) if resets else None
+    if reference_column is not None:
+        references = as_references(train, reference_column)
+    else:
+        references = as_completions(train, chosen_only=True) if "chosen" in columns else None
+    setup.make_reference(
+        train if reference_column in (None, "chosen") else references,
+        per_device_train_batch_size=recipe.reference_sft_batch_size,
     )
+    prompts = train.map(
+        lambda row: {"prompt": row["prompt"] if "prompt" in row else as_group(row).prompt},
+        remove_columns=[name for name in columns if name not in ("prompt", reference_column)],
+    )
+    ppo_args = copy(args)  # before the trainer has been at them
 
     announce(f"{method}: training")
     trainer = trainer_class(setup.model, reward, args=args, train_dataset=prompts, **setup.trainer_kwargs())
@@ -598,26 +659,33 @@ def run_online(
         setup, rows["test"], trainer.model, judge, False, train_reward, recipe.num_answers, args.max_completion_length
     )
     num_batches = trainer.state.max_steps * args.gradient_accumulation_steps
-    if "sft" in recipe.compare and "chosen" in rows["train"].column_names:
-        announce("For comparison: SFT on chosen completions")
+    if "sft" in recipe.compare and references is not None:
+        sft = "SFT on references" if resets else "SFT on chosen"
+        announce(f"For comparison: {sft}")
         # As many completions as are generated: each of them is trained on `num_iterations` times
         num_completions = num_batches * args.per_device_train_batch_size // args.num_iterations
         batch_size = recipe.reference_sft_batch_size
         policy = train_sft(
-            as_completions(rows["train"], chosen_only=True),
+            references,
             setup,
             "sft",
             max_steps=max(num_completions // (batch_size * args.gradient_accumulation_steps), 1),
             learning_rate=recipe.sft_learning_rate or args.learning_rate,
             per_device_train_batch_size=batch_size,
         )
-        comparison.add("SFT on chosen", policy)
+        comparison.add(sft, policy)
     if "rloo" in recipe.compare:
         announce("For comparison: TRL's RLOO")
         learning_rate = recipe.rloo_learning_rate or args.learning_rate
         max_steps = max(trainer.state.max_steps // args.num_iterations, 1)
         policy = train_rloo(prompts, reward, setup, max_steps=max_steps, learning_rate=learning_rate)
         comparison.add("RLOO", policy)
+    if "ppo" in recipe.compare:
+        announce("For comparison: PPO, the same without resets")
+        ppo_args.output_dir, ppo_args.reset_prob, ppo_args.save_strategy = f"{output_dir}/ppo", 0.0, "no"
+        ppo = trainer_class(setup.model, reward, args=ppo_args, train_dataset=prompts, **setup.trainer_kwargs())
+        ppo.train()
+        comparison.add("PPO", ppo.model)
     announce(f"{method}: answers")
     comparison.add(method, trainer.model)
     if is_main:
