@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parent.parent
-METHODS = {"alol_hh": "A-LoL", "copg_gsm8k": "CoPG", "ppo_hh": "PPO", "apa_hh": "APA"}
+METHODS = {"alol_hh": "A-LoL", "copg_gsm8k": "CoPG", "ppo_hh": "PPO", "apa_hh": "APA", "drpo_tldr": "DR-PO"}
 
 
 def run(recipe: str, seed: int, options: list[str], path: Path) -> None:

@@ -567,9 +567,8 @@ def plot_online(trainer: Trainer, output_dir: Path) -> None:
     for axis, (name, title) in zip(axes.flat, titles.items(), strict=True):
         logs = {end: [log for log in trainer.state.log_history if name + end in log] for end in labels}
         for end in labels if logs["/reset"] else [""]:
-            axis.plot(
-                [log["step"] for log in logs[end]], [log[name + end] for log in logs[end]], marker=".", label=labels[end]
-            )
+            steps, values = ([log[key] for log in logs[end]] for key in ("step", name + end))
+            axis.plot(steps, values, marker=".", label=labels[end])
         if logs["/reset"]:
             axis.legend(fontsize="small")
         axis.set(xlabel="step", title=title)
@@ -635,7 +634,7 @@ def run_online(
     else:
         references = as_completions(train, chosen_only=True) if "chosen" in columns else None
     setup.make_reference(
-        train if reference_column in (None, "chosen") else references,
+        train if references is None or "rejected" in columns else references,
         per_device_train_batch_size=recipe.reference_sft_batch_size,
     )
     prompts = train.map(

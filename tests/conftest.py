@@ -145,14 +145,21 @@ def build_trainer(
     return build
 
 
+@pytest.fixture(scope="session")
+def references(dialogues: Dataset) -> Dataset:
+    """Prompts with one answer each, as DR-PO takes them."""
+    rows = dialogues.map(lambda row: {"reference": row["completions"][0]})
+    return rows.select_columns(["prompt", "reference"])
+
+
 @pytest.fixture
 def build_online_trainer(
     tmp_path: Path,
     tokenizer: PreTrainedTokenizerFast,
     tiny_model: Callable[..., PreTrainedModel],
-    dialogues: Dataset,
+    references: Dataset,
 ) -> Callable[..., Any]:
-    """Makes an online trainer for a few steps on the CPU, which generates 6 tokens for each prompt of `dialogues`.
+    """Makes an online trainer for a few steps on the CPU, which generates 6 tokens for each prompt of `references`.
     What its constructor takes goes there, the rest to its config."""
 
     def build(
@@ -168,7 +175,7 @@ def build_online_trainer(
         return trainer_class(
             model if model is not None else tiny_model(),
             args=cpu_args(trainer_class._config_class, output_dir, **({"max_completion_length": 6} | kwargs)),
-            train_dataset=train_dataset if train_dataset is not None else dialogues.select_columns("prompt"),
+            train_dataset=train_dataset if train_dataset is not None else references,
             processing_class=tokenizer,
             **trainer_kwargs,
         )

@@ -13,13 +13,13 @@ from datasets import Dataset
 from transformers import HfArgumentParser, PreTrainedTokenizerFast
 from trl import GRPOConfig
 
-from trl_lol import APAConfig, APATrainer, PPOConfig, PPOTrainer
+from trl_lol import APAConfig, APATrainer, DRPOConfig, DRPOTrainer, PPOConfig, PPOTrainer
 from trl_lol.online.base_config import _ActorCriticConfig
 from trl_lol.online.ppo_config import RENAMED_ARGUMENTS, RENAMED_FIELDS
 
 
-CONFIGS = [PPOConfig, APAConfig]
-TRAINERS = {PPOConfig: PPOTrainer, APAConfig: APATrainer}
+TRAINERS = {PPOConfig: PPOTrainer, APAConfig: APATrainer, DRPOConfig: DRPOTrainer}
+CONFIGS = list(TRAINERS)
 
 
 def make(config_class: type, **kwargs: Any) -> Any:
@@ -59,6 +59,12 @@ def test_documented_defaults():
             "loss_type": "apa",
             "reset_ref_patience": None,
         },
+    }
+    own[DRPOConfig] = own[PPOConfig] | {
+        "reset_prob": 1.0,
+        "min_roll_in": 0,
+        "train_on_roll_in_values": False,
+        "reference_column": None,
     }
     for config_class, expected in own.items():
         config = make(config_class)
@@ -130,6 +136,15 @@ def test_grpo_defaults_are_no_error(config_class: type):
         (APAConfig, {"reset_ref_patience": 0, "eval_strategy": "steps", "eval_steps": 1}, "at least 1"),
         (APAConfig, {"reset_ref_patience": 2}, "eval_strategy='no'"),
         (APAConfig, {"reset_ref_patience": 2, "loss_type": "awr"}, "AWR has none"),
+        (DRPOConfig, {"loss_type": "drpo"}, "DRPOConfig accepts 'ppo'"),
+        (DRPOConfig, {"reset_prob": 1.5}, "between 0 and 1: it is a probability"),
+        (DRPOConfig, {"min_roll_in": -1}, "`min_roll_in=-1` must be at least 0"),
+        (DRPOConfig, {"min_roll_in": 8, "max_completion_length": 8}, "less than `max_completion_length=8`"),
+        (
+            DRPOConfig,
+            {"advantage_estimator": "leave_one_out", "num_generations": 2, "train_on_roll_in_values": True},
+            "`train_on_roll_in_values=True` does nothing",
+        ),
         *[
             (config_class, kwargs, message)
             for config_class in CONFIGS
@@ -160,6 +175,14 @@ def test_awr_at_a_small_temperature_warns(caplog: pytest.LogCaptureFixture):
     assert "explodes" in caplog.text
 
 
+def test_a_first_token_that_is_never_trained_warns(caplog: pytest.LogCaptureFixture):
+    make(DRPOConfig, min_roll_in=0)
+    make(DRPOConfig, min_roll_in=1, reset_prob=0.9)
+    assert "never trained" not in caplog.text
+    make(DRPOConfig, min_roll_in=1)
+    assert "its first token is never trained" in caplog.text
+
+
 def test_names_of_the_ppo_that_trl_had(tiny_model: Callable[..., Any], prompts: Dataset):
     """Every name that the page for its users lists as another one here."""
     page = (Path(__file__).parent.parent / "docs" / "from_trl_ppo.md").read_text()
@@ -185,7 +208,7 @@ def test_names_of_the_ppo_that_trl_had(tiny_model: Callable[..., Any], prompts: 
 
 @pytest.fixture(scope="module")
 def prompts(dialogues: Dataset) -> Dataset:
-    return Dataset.from_dict({"prompt": dialogues["prompt"][:16]})
+    return Dataset.from_dict({"prompt": dialogues["prompt"][:16], "reference": ["Yes, of course."] * 16})
 
 
 @pytest.fixture
@@ -262,6 +285,23 @@ def test_reset_needs_one_eval_dataset(build: Callable[..., Any], prompts: Datase
     evaluated = {"eval_strategy": "steps", "eval_steps": 1, "reset_ref_patience": 1}
     with pytest.raises(ValueError, match="there are 2: a, b"):
         build(APAConfig, constant, eval_dataset={"a": prompts, "b": prompts}, **evaluated)
+
+
+def test_references_that_will_not_do(build: Callable[..., Any], prompts: Dataset):
+    without = prompts.remove_columns("reference")
+    with pytest.raises(ValueError, match=r"'completion' or 'chosen' or 'reference', .* has the columns 'prompt'"):
+        build(DRPOConfig, constant, without)
+    with pytest.raises(ValueError, match=r"looked for in 'answer', .* columns 'prompt', 'reference'"):
+        build(DRPOConfig, constant, reference_column="answer")
+    build(DRPOConfig, constant, without, reset_prob=0.0).train()  # PPO needs none
+    conversation = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]
+    for reference in (conversation, ["a text", "another"], 7):
+        rows = Dataset.from_dict({"prompt": prompts["prompt"][:], "chosen": [reference] * 16})
+        with pytest.raises(ValueError, match=r"The reference completion .* a text, or messages of which the first is"):
+            build(DRPOConfig, constant, rows).train()
+    texts = Dataset.from_dict({"prompt": ["How?"] * 16, "reference": [conversation[1:]] * 16})
+    with pytest.raises(ValueError, match=r"The reference completion .* must be a text, as the prompt is"):
+        build(DRPOConfig, constant, texts).train()
 
 
 @pytest.mark.parametrize("config_class", CONFIGS)

@@ -19,17 +19,17 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from trl_lol import APATrainer, PPOTrainer
+from trl_lol import APATrainer, DRPOTrainer, PPOTrainer
 
 
 FULL_AND_LORA = pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
 HEAD = "value_head.layers.2.weight"
-TRAINER = {"ppo": PPOTrainer, "apa": APATrainer}
+TRAINER = {"ppo": PPOTrainer, "apa": APATrainer, "drpo": DRPOTrainer}
 
 
-@pytest.fixture(params=["ppo", "apa"])
+@pytest.fixture(params=TRAINER)
 def build(request, build_online_trainer):
-    """Makes trainers of either kind: two steps of a run for each generation."""
+    """Makes trainers of every kind: two steps of a run for each generation."""
     settings = {"learning_rate": 1e-3, "num_iterations": 2, "max_steps": 4}
     return partial(build_online_trainer, TRAINER[request.param], **settings)
 
@@ -61,11 +61,11 @@ CASES = {
         *(pytest.param(CASES[name], "standard prompts", id=f"{name}, standard") for name in list(CASES)[:2]),
     ],
 )
-def test_trains(build, dialogues, settings, case):
+def test_trains(build, references, settings, case):
     peft_config = LORA if case == "lora" else None
-    rows = dialogues.select_columns("prompt")
+    rows = references
     if case == "standard prompts":
-        rows = rows.map(lambda row: {"prompt": row["prompt"][-1]["content"]})
+        rows = rows.map(lambda row: {name: row[name][-1]["content"] for name in row})
     trainer = build(train_dataset=rows, eval_dataset=rows.take(8), peft_config=peft_config, **settings)
     before = weights(trainer)
     losses, after = run(trainer)
@@ -186,13 +186,17 @@ def test_accumulation_equals_one_batch(build, tmp_path, estimator):
     """One generation batch of 8, whose losses are summed over micro-batches of 8, 2 or (the control) 4 with two
     optimizer steps. Lengths differ, so that a mean of the micro-batches' means is another number."""
 
-    def run_ragged(**kwargs):  # a completion ends with its first token of the lower half
+    def run_ragged(**kwargs):  # a completion ends with the first token of the lower half that is generated
         trainer = build(advantage_estimator=estimator, num_generations=2, beta=1.0, **(SGD | kwargs))
         generate = trainer._generate_single_turn
 
         def cut(*args, **kwargs):
             ids, logprobs = generate(*args, **kwargs)
-            return [x[: 1 + next((i for i, t in enumerate(x) if t < 384), len(x))] for x in ids], logprobs
+            starts = [len(roll_in or []) for roll_in in getattr(trainer, "_roll_ins", [None] * len(ids))]
+            ends = [
+                next((i for i in range(s, len(x)) if x[i] < 384), len(x)) for s, x in zip(starts, ids, strict=True)
+            ]
+            return [x[: end + 1] for end, x in zip(ends, ids, strict=True)], logprobs
 
         trainer._generate_single_turn = cut
         return run(trainer)
@@ -243,9 +247,9 @@ def test_resume_equals_uninterrupted(build, tmp_path, peft_config, step, steps_p
     assert "value head keeps its weights" in caplog.text
 
 
-def test_resume_in_the_second_epoch_equals_uninterrupted(build, tmp_path, dialogues):
+def test_resume_in_the_second_epoch_equals_uninterrupted(build, tmp_path, references):
     """12 prompts, 4 to a step: step 4 is the first of the second epoch."""
-    rows = dialogues.select_columns("prompt").take(12)
+    rows = references.take(12)
     settings = {"train_dataset": rows, "num_iterations": 1, "max_steps": -1, "num_train_epochs": 2}
     build = partial(build, output_dir=tmp_path, save_strategy="steps", save_steps=4, **settings)
     whole = build()

@@ -6,10 +6,11 @@ import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 
@@ -18,7 +19,14 @@ import alol_hh
 import apa_hh
 import common
 import copg_gsm8k
+import drpo_tldr
 import ppo_hh
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    common.plt.close("all")
 
 
 needs_math_verify = pytest.mark.skipif(find_spec("math_verify") is None, reason="math-verify is not installed")
@@ -44,6 +52,31 @@ def test_what_the_other_methods_train_on():
     assert common.as_pairs(alol_hh.by_score(rows))["chosen"][:] == ["c", "f"]
     assert common.as_completions(rows, chosen_only=True)["completion"][:] == ["c", "d"]
     assert common.as_completions(rows, chosen_only=False)["completion"][:] == ["c", "e", "d", "f"]
+
+
+def test_references_to_train_on():
+    """A null and an empty one are none, an answer to messages becomes a message, and no other column is left."""
+    texts = Dataset.from_dict({"prompt": list("abcd"), "human": ["c", None, "", "f"], "completion": list("wxyz")})
+    assert common.as_references(texts, "human")[:] == {"prompt": ["a", "d"], "completion": ["c", "f"]}
+    assert common.as_references(texts, "completion")["completion"][:] == list("wxyz")
+    user, answer = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    for reference in ("b", answer):
+        rows = common.as_references(Dataset.from_list([{"prompt": user, "reference": reference}]), "reference")
+        assert rows[:] == {"prompt": [user], "completion": [answer]}
+
+
+def test_long_prompts_are_left_out_and_counted(tokenizer, capsys):
+    """`ab ab` is at most 5 bytes, so that a limit of its own length lets it in, and one less does not. Around a
+    message the template puts 3 tokens: the user's, the end's and the assistant's."""
+    size = len(tokenizer("ab ab")["input_ids"])
+    rows = Dataset.from_dict({"prompt": ["ab ab", "ab ab ab ab", "ab ab"], "reference": list("xyz")})
+    kept = common.drop_long_prompts(DatasetDict(train=rows, test=rows.take(1)), tokenizer, size)
+    assert kept["train"]["reference"][:] == ["x", "z"] and len(kept["test"]) == 1
+    assert f"more than {size} tokens: 1 of 3 train rows, 0 of 1 test rows" in capsys.readouterr().out
+    assert not common.drop_long_prompts(DatasetDict(test=rows), tokenizer, size - 1)["test"]
+    messages = DatasetDict(test=Dataset.from_dict({"prompt": [[{"role": "user", "content": "ab ab"}]]}))
+    assert len(common.drop_long_prompts(messages, tokenizer, size + 3)["test"]) == 1
+    assert not common.drop_long_prompts(messages, tokenizer, size + 2)["test"]
 
 
 def test_best_against_worst():
@@ -161,8 +194,15 @@ def run_recipe(monkeypatch, recipe, options):
     recipe.main()
 
 
-@pytest.mark.parametrize(("recipe", "method"), [(ppo_hh, "PPO"), (apa_hh, "APA")])
-def test_online_on_the_embedded_world(tmp_path, monkeypatch, recipe, method):
+@pytest.mark.parametrize(
+    ("recipe", "policies"),
+    [
+        (ppo_hh, ["reference", "SFT on chosen", "RLOO", "PPO"]),
+        (apa_hh, ["reference", "SFT on chosen", "RLOO", "APA"]),
+        (drpo_tldr, ["reference", "SFT on references", "PPO", "DR-PO"]),
+    ],
+)
+def test_online_on_the_embedded_world(tmp_path, monkeypatch, recipe, policies):
     """8 completions per batch and 2 passes in minibatches of 4: 4 updates, from the YAML of the recipe itself."""
     monkeypatch.setattr(common.toy, "make_model", partial(common.toy.make_model, hidden_size=32))
     options = {
@@ -172,12 +212,63 @@ def test_online_on_the_embedded_world(tmp_path, monkeypatch, recipe, method):
     }  # fmt: skip
     run_recipe(monkeypatch, recipe, options)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert list(results) == ["reference", "SFT on chosen", "RLOO", method]
-    assert results["reference"]["kl"] == 0 != results[method]["kl"]
+    assert list(results) == policies
+    assert results["reference"]["kl"] == 0 and len({x["kl"] for x in results.values()}) == 4
     assert all(0 <= x["reward"] <= 1 and -3 <= x["train_reward"] <= 3 for x in results.values())
     assert all(x["length"] <= 4 for x in results.values())
     assert (tmp_path / "out" / "training.png").exists() and (tmp_path / "out" / "value_head.safetensors").exists()
     assert not list((tmp_path / "out").glob("**/checkpoint-*"))
+
+
+@pytest.mark.parametrize("min_roll_in", [0, 2])
+def test_ppo_beside_drpo_is_the_same_without_resets(tmp_path, monkeypatch, min_roll_in):
+    """Only what makes it PPO differs in the arguments, and where the results go. DR-PO's completions are reset to
+    chosen answers, and PPO's are not."""
+    trainers = []
+
+    class Recorded(drpo_tldr.DRPOTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            trainers.append(self)
+
+    monkeypatch.setattr(drpo_tldr, "DRPOTrainer", Recorded)
+    monkeypatch.setattr(common.toy, "make_model", partial(common.toy.make_model, hidden_size=32))
+    options = {
+        "config": drpo_tldr.TOY_CONFIG, "output_dir": tmp_path / "out", "toy_prompts": 30, "max_test_rows": 1,
+        "reference_sft_steps": 0, "max_completion_length": 8, "num_answers": 1, "max_steps": 2, "use_cpu": True,
+        "per_device_train_batch_size": 8, "steps_per_generation": 1, "num_iterations": 1, "logging_steps": 1,
+        "reset_prob": 1, "min_roll_in": min_roll_in, "compare": "ppo", "save_strategy": "steps", "save_steps": 2,
+    }  # fmt: skip
+    run_recipe(monkeypatch, drpo_tldr, options)
+    drpo, ppo = trainers
+    arguments, other = drpo.args.to_dict(), ppo.args.to_dict()
+    assert {name for name in arguments if arguments[name] != other[name]} == {
+        "output_dir", "reset_prob", "save_strategy",
+    }  # fmt: skip
+    assert [log["reset_fraction"] for log in drpo.state.log_history if "reset_fraction" in log] == [1.0, 1.0]
+    assert [log["reset_fraction"] for log in ppo.state.log_history if "reset_fraction" in log] == [0.0, 0.0]
+    chosen = {row[0]["content"] for row in drpo.train_dataset["chosen"]}
+    prefixes = [drpo._tokenizer.decode(roll_in) for roll_in in drpo._roll_ins if roll_in]
+    assert prefixes and all(any(text.startswith(prefix) for text in chosen) for prefix in prefixes)
+    folders = {path.parent for path in (tmp_path / "out").glob("**/checkpoint-*")}
+    assert folders == {tmp_path / "out"}  # of the recipe's own method only
+
+
+def test_plots_show_completions_from_the_prompt_apart(tmp_path):
+    """All, from the prompt and from a reset, of the reward and the length; one line where there are no resets."""
+    log = {"step": 1, "reward": 2.0, "completions/mean_length": 9.0, "kl/completion": 0.5, "explained_variance": 0.1}
+    ppo = {**log, "reward/no_reset": 2.0, "completions/mean_length/no_reset": 9.0}
+    drpo = {**log, "reward/no_reset": 1.0, "reward/reset": 3.0}
+    drpo |= {"completions/mean_length/no_reset": 8.0, "completions/mean_length/reset": 10.0}
+    for entry, expected in (
+        (log, [[2.0], [0.5], [9.0], [0.1]]),
+        (ppo, [[2.0], [0.5], [9.0], [0.1]]),
+        (drpo, [[2.0, 1.0, 3.0], [0.5], [9.0, 8.0, 10.0], [0.1]]),
+    ):
+        common.plot_online(SimpleNamespace(state=SimpleNamespace(log_history=[entry])), tmp_path)
+        axes = common.plt.gcf().axes
+        assert [[line.get_ydata()[0] for line in axis.lines] for axis in axes] == expected
+        assert [axis.get_legend() is not None for axis in axes] == [len(lines) > 1 for lines in expected]
 
 
 @pytest.fixture
@@ -221,6 +312,48 @@ def test_reward_models_train_and_judge(tmp_path, monkeypatch, tiny_model, tokeni
     assert all(abs(x["reward"]) > 10 > 1 > abs(x["train_reward"]) > 0 for x in results.values())
 
 
+@pytest.mark.parametrize("reference", ["completion", "reference", "chosen", "summary"])
+def test_references_from_a_folder(tmp_path, monkeypatch, tiny_model, tokenizer, pairs, reward_model, reference):
+    """Texts with `completion`, as TL;DR on the Hub, or `reference`, or a column that is named, and preferences with
+    the prompt inside. The model is fine-tuned on them first. A prompt of more than 200 tokens is left out."""
+    rows = pairs.take(12)
+    if reference == "chosen":
+        inside = {n: [p + c for p, c in zip(rows["prompt"], rows[n], strict=True)] for n in ("chosen", "rejected")}
+        rows = Dataset.from_dict(inside)
+    else:
+        prompts = [f"POST: {p[-1]['content']} TL;DR:" for p in rows["prompt"][:11]] + ["a " * 300]
+        rows = Dataset.from_dict({"prompt": prompts, reference: [f" {c[0]['content']}" for c in rows["chosen"]]})
+    for split, part in (("train", rows.select(range(2, 12))), ("test", rows.take(2))):
+        part.to_json(tmp_path / "data" / f"{split}.jsonl")
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    columns = []
+
+    class Recorded(drpo_tldr.DRPOTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            columns.append((len(self.train_dataset), self.train_dataset.column_names, self._reference_column))
+
+    monkeypatch.setattr(drpo_tldr, "DRPOTrainer", Recorded)
+    options = {
+        "config": Path(drpo_tldr.__file__).parent / "configs" / "drpo_tldr_lora.yaml", "output_dir": tmp_path / "out",
+        "dataset_name": tmp_path / "data", "model_name_or_path": tmp_path / "model",
+        "reward_model": reward_model(0)[1], "judge_model": reward_model(1)[1], "max_completion_length": 8,
+        "max_steps": 1, "use_cpu": True, "bf16": False, "dtype": "float32", "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1, "lora_r": 4, "reference_sft_batch_size": 4, "reference_sft_steps": 1,
+        "max_prompt_length": 200, "compare": "sft",
+    }  # fmt: skip
+    if reference == "summary":
+        options["reference_column"] = "summary"
+    run_recipe(monkeypatch, drpo_tldr, options)
+    [(size, found, column)] = columns
+    assert column == reference and sorted(found) == sorted(["prompt", reference])
+    assert size == (10 if reference == "chosen" else 9)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results) == ["reference", "SFT on references", "DR-PO"]
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
 def test_scores_of_a_reward_model(reward_model, pairs):
     """One at a time, without padding, it gives the same as in a batch, and the answer matters."""
     model, folder = reward_model(0)
@@ -241,6 +374,7 @@ def test_scores_of_a_reward_model(reward_model, pairs):
     [
         ({"dataset_name": "none"}, "Give `--reward_model`"),
         ({"config": ppo_hh.TOY_CONFIG, "judge_model": "none"}, "The embedded world has rewards of its own"),
+        ({"config": ppo_hh.TOY_CONFIG, "compare": "ppo"}, "is the same run without resets, and this one has none"),
     ],
 )
 def test_rewards_of_the_online_recipes(tmp_path, monkeypatch, options, message):

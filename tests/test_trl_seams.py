@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, extract_prompt, is_conversational
 from trl.trainer.utils import FusedCausalLMOutput
 
-from trl_lol import ALoLConfig, APAConfig, PPOConfig, _trl, score_dataset
+from trl_lol import ALoLConfig, APAConfig, DRPOConfig, DRPOTrainer, PPOConfig, _trl, score_dataset
 from trl_lol.offline.base_config import _OfflineRewardConfig
 from trl_lol.offline.trainer import _OfflineRewardTrainer
 from trl_lol.online.base_config import _ActorCriticConfig
@@ -513,6 +513,20 @@ def test_no_other_method_of_grpo_is_overridden():
     assert {name for name in own if hasattr(GRPOTrainer, name)} - {"_abc_impl"} == GRPO_OVERRIDDEN.keys()
 
 
+def test_grpo_methods_of_drpo():
+    """Beside those of the base, one is overridden, and one is what reward functions get as `log_extra`."""
+    own = {name for name in vars(DRPOTrainer) if not name.startswith("__") and hasattr(GRPOTrainer, name)}
+    assert own - {"_abc_impl"} - GRPO_OVERRIDDEN.keys() == {
+        "_name", "_paper", "_set_signature_columns_if_needed", "_tag_names"
+    }  # fmt: skip
+    for name, expected in {
+        "_log_completion_extra": "(self, column, values)",
+        "_set_signature_columns_if_needed": "(self)",
+    }.items():
+        found = signature(getattr(GRPOTrainer, name))
+        assert found == expected, f"`DRPOTrainer` relies on `GRPOTrainer.{name}`, which now takes {found}"
+
+
 def test_grpo_loss_is_scaled():
     message = "`loss_is_scaled_for_ga` must be True: `_compute_loss` divides by the accumulated steps itself"
     assert GRPOTrainer.loss_is_scaled_for_ga is True, message
@@ -536,8 +550,11 @@ def grpo(tmp_path_factory, tiny_model, tokenizer) -> GRPOTrainer:
 def test_attributes_of_grpo_after_construction(grpo):
     expected = {
         "aux_loss_enabled": lambda x: x is False,
+        "chat_template": lambda x: x is None,
+        "chat_template_kwargs": lambda x: x == {},
         "entropy_coef": lambda x: x == 0.0,
         "eos_token_ids": lambda x: isinstance(x, list) and all(isinstance(i, int) for i in x),
+        "max_completion_length": lambda x: x == 4,
         "num_generations": lambda x: x == 2,
         "num_generations_eval": lambda x: x == 2,
         "num_iterations": lambda x: x == 2,
@@ -549,6 +566,7 @@ def test_attributes_of_grpo_after_construction(grpo):
         "_logs": lambda x: x["advantages"].maxlen == 4,
         "_metrics": lambda x: x.keys() == {"train", "eval"},
         "_step": lambda x: x == 0,
+        "_tokenizer": lambda x: x is grpo.processing_class,
     }
     for name, holds in expected.items():
         assert hasattr(grpo, name), f"GRPOTrainer no longer has `{name}`, which the online trainers read"
@@ -649,6 +667,7 @@ def test_grpo_config():
 def test_online_configs_have_the_defaults_of_grpo_config():
     """Beside the loss, only what the docstrings say differs."""
     shared = {"loss_type", "beta", "num_generations", "disable_dropout"}
-    for config_class, changed in ((PPOConfig, shared | {"num_iterations"}), (APAConfig, shared)):
+    ppo = shared | {"num_iterations"}
+    for config_class, changed in ((PPOConfig, ppo), (APAConfig, shared), (DRPOConfig, ppo)):
         ours = defaults(config_class)
         assert {name for name, value in defaults(GRPOConfig).items() if ours[name] != value} == changed

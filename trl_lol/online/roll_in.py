@@ -70,13 +70,11 @@ def tokenize_reference(
     """
     if not reference:
         return []
-    if isinstance(prompt, str):
-        answer, whole, expected = reference, f"{prompt}{reference}", "a text, as the prompt is"
-    else:
-        messages = [{"role": "assistant", "content": reference}] if isinstance(reference, str) else reference
-        is_answer = is_conversational({"prompt": messages}) and messages[0]["role"] == "assistant"
-        answer, whole = messages[0]["content"] if is_answer else None, prompt + messages[:1]
+    answer, expected = reference, "a text, as the prompt is"
+    if isinstance(prompt, list):
         expected = "a text, or messages of which the first is the assistant's"
+        if is_conversational({"prompt": reference}):
+            answer = reference[0]["content"] if reference[0]["role"] == "assistant" else None
     if not isinstance(answer, str):
         raise ValueError(
             f"The reference completion of the prompt {str(prompt)[-80:]!r} is {str(reference)[:80]!r}. It must be "
@@ -84,9 +82,12 @@ def tokenize_reference(
         )
     if not answer:
         return []
-    # Nothing behind the answer, and no end of turn
-    kwargs = {} if isinstance(whole, str) else {"continue_final_message": True, **template_kwargs}
-    ids = tokenize(processing_class, whole, **kwargs)["input_ids"]
+    if isinstance(prompt, str):
+        tokenized = tokenize(processing_class, prompt + answer)
+    else:  # with nothing behind the answer, and no end of turn
+        whole = [*prompt, {"role": "assistant", "content": answer}]
+        tokenized = tokenize(processing_class, whole, continue_final_message=True, **template_kwargs)
+    ids = tokenized["input_ids"]
     if ids[: len(prompt_ids)] == prompt_ids:
         ids = ids[len(prompt_ids) :]
     else:  # their tokens run into each other, or the template renders a prompt otherwise when an answer follows
