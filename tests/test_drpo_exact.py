@@ -73,7 +73,7 @@ def answer_ids(tokenizer, prompt, answer):
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
 def test_without_resets_it_is_ppo(build, build_online_trainer, rows, tmp_path, peft_config):
-    """Bit for bit, also with a dataset that has no references. Controls: resets are another run, and need references."""
+    """Bit for bit, also with a dataset without references. Controls: resets are another run, and need references."""
     settings = {"peft_config": peft_config, "num_iterations": 2, "max_steps": 4, "learning_rate": 1e-3}
     prompts = rows.select_columns("prompt")
     ppo, ppo_weights = run(build_online_trainer(PPOTrainer, output_dir=tmp_path / "a", **settings))
@@ -109,7 +109,7 @@ def test_roll_in_lengths_follow_the_law(build, tokenizer, min_roll_in, max_compl
     """
     Of 3000 groups half are not reset, and the others' lengths are uniform on {min, …, L − 1}, where L is 6, or
     `max_completion_length` if that is 4. Controls: the law of the other minimum, of one token more or less, and of
-    55 % resets are rejected.
+    60 % resets are rejected.
     """
     trainer = build(min_roll_in=min_roll_in, max_completion_length=max_completion_length)
     reference = answer_ids(tokenizer, *ROW.values())
@@ -121,7 +121,7 @@ def test_roll_in_lengths_follow_the_law(build, tokenizer, min_roll_in, max_compl
     observed = [counts[length] for length in range(-1, num_tokens)]
     assert sum(observed) == 3000
     assert p_value(observed, law(3000, 0.5, min_roll_in, num_tokens)) > 0.01
-    for other in ((0.5, 1 - min_roll_in, num_tokens), (0.55, min_roll_in, num_tokens)):
+    for other in ((0.5, 1 - min_roll_in, num_tokens), (0.6, min_roll_in, num_tokens)):
         assert p_value(observed, law(3000, *other)) < 1e-6
     for other in (num_tokens - 1, num_tokens + 1):
         observed_there = observed + [0] * (other - num_tokens)

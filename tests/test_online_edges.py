@@ -9,7 +9,7 @@ from conftest import LORA, StopAt, distance, early_tokens, logged, weights
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForSequenceClassification, OPTConfig, OPTForCausalLM
 
-from trl_lol import APATrainer, PPOTrainer
+from trl_lol import APATrainer, DRPOTrainer, PPOTrainer
 from trl_lol.value import add_value_head
 
 
@@ -214,3 +214,42 @@ def test_columns_that_are_named_as_arguments(build, dialogues):
 def test_values_that_would_train_on_nothing(build, bad):
     with pytest.raises(ValueError, match=f"`{next(iter(bad))}=.* must be"):
         build(**bad)
+
+
+# ---- vLLM and roll-ins ----
+
+
+class EchoVLLM:
+    """Stands in for TRL's client of vLLM: goes on with the first tokens of each prompt, each of probability 1/e."""
+
+    def sync_weights(self):
+        pass
+
+    def generate(self, prompts, images, num_generations, profiler):
+        self.prompts = prompts
+        ids = [prompt[:6] for prompt in prompts]
+        return None, ids, [[[-1.0]] * 6 for _ in ids], None
+
+
+def test_vllm_goes_on_from_the_roll_in(build_online_trainer):
+    """vLLM knows the probabilities of its own tokens alone: the ratio of the sequence is over these."""
+    trainer = build_online_trainer(
+        DRPOTrainer,
+        num_generations=2,
+        per_device_train_batch_size=8,
+        vllm_importance_sampling_mode="sequence_truncate",
+        vllm_importance_sampling_clip_max=1e9,
+    )
+    trainer.use_vllm, trainer._last_loaded_step = True, -1
+    trainer.vllm_generation = EchoVLLM()
+    trainer.model.train()
+    rows = [row for row in trainer.train_dataset.take(4) for _ in range(2)]
+    batch = trainer._generate_and_score_completions(rows)
+    lengths = [len(roll_in) for roll_in in trainer._roll_ins]
+    assert len(set(lengths)) > 1 and trainer.vllm_generation.prompts[::2] == trainer.vllm_generation.prompts[1::2]
+    for i, (prompt, length) in enumerate(zip(trainer.vllm_generation.prompts, lengths, strict=True)):
+        completion = batch["completion_ids"][i].tolist()
+        assert completion == (prompt[len(prompt) - length :] + prompt[:6])[:6]
+        assert batch["loss_mask"][i].tolist() == [0] * length + [1] * (6 - length)
+        log_ratio = (batch["old_per_token_logps"][i, length:] + 1).sum()
+        torch.testing.assert_close(batch["importance_sampling_ratio"][i, 0].log(), log_ratio, rtol=1e-5, atol=1e-5)

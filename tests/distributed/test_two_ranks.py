@@ -89,7 +89,7 @@ def test_sampled_groups_do_not_depend_on_the_ranks(worlds):
 
 
 @pytest.mark.parametrize("run", ["full", "lora", "accumulated", "groups", "leave one out"])
-@pytest.mark.parametrize("method", ["ppo", "apa"])
+@pytest.mark.parametrize("method", ["ppo", "apa", "drpo"])
 def test_online_two_ranks_equal_one(worlds, method, run):
     """On the same completions: with whitening over all ranks' tokens, a critic, rows without a reward on one rank only
     (all its rows in the second generation), and groups of which each rank has a half."""
@@ -100,6 +100,8 @@ def test_online_two_ranks_equal_one(worlds, method, run):
     metrics = [name for name in one if one[name] and name not in ("loss", "weights")]
     assert ("value_loss" in metrics and "explained_variance" in metrics) == (run != "leave one out")
     assert ("eval_reward" in metrics and "eval_loss" in metrics) == (run == "full")
+    assert {"roll_in/mean_length", "reward/reset", "reward/no_reset"} <= set(metrics) or method != "drpo"
+    assert ("reset_fraction" in metrics) == (method == "drpo") and "eval_reset_fraction" not in metrics
     if run == "accumulated":  # the mean over micro-batches, which are other ones
         metrics = [name for name in metrics if name not in ("policy_loss", "value_loss", "entropy")]
     for name in metrics:
@@ -111,7 +113,7 @@ def test_online_two_ranks_equal_one(worlds, method, run):
     assert half != pytest.approx(worlds[2][method]["full"]["loss"][0], rel=0, abs=1e-3)
 
 
-@pytest.mark.parametrize("method", ["ppo", "apa"])
+@pytest.mark.parametrize("method", ["ppo", "apa", "drpo"])
 def test_online_accumulation_equals_one_batch_on_two_ranks(worlds, method):
     """And gradient checkpointing, which the one run has and the other has not."""
     one, two = worlds[2][method]["full"], worlds[2][method]["accumulated"]
@@ -119,13 +121,15 @@ def test_online_accumulation_equals_one_batch_on_two_ranks(worlds, method):
     assert distance(one["weights"], two["weights"]) <= 5e-6
 
 
-@pytest.mark.parametrize(("method", "policy"), [("ppo", "full"), ("apa", "full"), ("apa", "lora")])
+@pytest.mark.parametrize(
+    ("method", "policy"), [("ppo", "full"), ("apa", "full"), ("apa", "lora"), ("drpo", "full"), ("drpo", "lora")]
+)
 def test_online_resume_in_the_middle_of_a_generation_on_two_ranks(worlds, method, policy):
     whole, resumed = worlds[2][method][f"{policy}, whole"], worlds[2][method][f"{policy}, resumed"]
     assert len(whole["loss"]) == 8 and resumed["loss"] == whole["loss"]
     assert resumed["ref_resets"] == whole["ref_resets"]
     assert distance(resumed["weights"], whole["weights"]) == 0
-    # Control: the steps after the checkpoint do something, and for APA one reset comes before it
+    # Control: the steps after the checkpoint do something, and for APA one reset of the reference comes before it
     interrupted = worlds[2][method][f"{policy}, interrupted"]
     assert distance(interrupted["weights"], whole["weights"]) > 1e-4
     assert (len(interrupted["ref_resets"]) > 0) == (method == "apa")

@@ -5,6 +5,7 @@ import random
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
@@ -12,11 +13,13 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
+from trl import GRPOTrainer
 
 from trl_lol import (
     ALoLTrainer,
     APATrainer,
     CoPGTrainer,
+    DRPOTrainer,
     GenerationEvalCallback,
     PPOTrainer,
     sample_completions,
@@ -31,7 +34,11 @@ from trl_lol.online.trainer import _ActorCriticTrainer
 
 GLOBAL_BATCH = 8
 UNSCORED = 700  # a completion that begins with this token gets no reward
-ONLINE_METRICS = ("loss", "reward", "kl/completion", "explained_variance", "policy_loss", "value_loss", "entropy")
+ONLINE_METRICS = (
+    "loss", "reward", "kl/completion", "explained_variance", "policy_loss", "value_loss", "entropy",
+    "reset_fraction", "roll_in/mean_length", "reward/no_reset", "reward/reset", "completions/mean_length/no_reset",
+    "completions/mean_length/reset",
+)  # fmt: skip
 
 
 class StopAt(TrainerCallback):
@@ -72,6 +79,14 @@ def main(expected_world_size: int, folder: Path) -> None:
         ),
         "apa": train_online(
             APATrainer, dialogues, tokenizer, state, folder / "apa", {"beta": 1.0, "learning_rate": 0.02}
+        ),
+        "drpo": train_online(
+            DRPOTrainer,
+            dialogues,
+            tokenizer,
+            state,
+            folder / "drpo",
+            {"beta": 0.05, "learning_rate": 0.1, "reset_prob": 0.5},
         ),
         # Scores and greedy completions do not depend on how rows are dealt out, also when there are fewer than ranks
         "scores": [score_dataset(pairs.select(range(n)), toy.oracle_reward).to_dict() for n in (1, 7)],
@@ -190,23 +205,21 @@ def share_of_early_tokens(completion_ids: list[list[int]], **kwargs: Any) -> lis
     return [None if ids[0] == UNSCORED else sum(t < 384 for t in ids) / len(ids) for ids in completion_ids]
 
 
-def replay(trainer: _ActorCriticTrainer) -> None:
-    """Take completions from a table: a function of step, row in all ranks' batch and sample, in place of a generator
-    that every rank seeds by itself. In evaluation, where a rank has several batches, of the prompt."""
-
-    def look_up(prompt_ids: list[list[int]], images: None, fields: dict, num_generations: int) -> tuple[list, None]:
-        completions = []
-        for i, prompt in enumerate(prompt_ids):
-            row = trainer.accelerator.process_index * len(prompt_ids) + i
-            key = (trainer.state.global_step, row // num_generations, row % num_generations)
-            rng = random.Random(str(key if trainer.model.training else (trainer.state.global_step, prompt)))
-            ids = [rng.randrange(6, 768) for _ in range(rng.randint(1, 6))]
-            # The first rows are all on the first of two ranks: none scored there after step 2, some before
-            is_unscored = trainer.model.training and num_generations == 1 and row < (4 if key[0] >= 2 else 2)
-            completions.append([UNSCORED if is_unscored else 6, *ids])
-        return completions, None
-
-    trainer._generate_single_turn = look_up
+def look_up(
+    trainer: _ActorCriticTrainer, prompt_ids: list[list[int]], images: None, fields: dict, num_generations: int
+) -> tuple[list[list[int]], None]:
+    """Completions from a table: a function of step, row in all ranks' batch and sample, in place of a generator that
+    every rank seeds by itself. In evaluation, where a rank has several batches, of the prompt."""
+    completions = []
+    for i, prompt in enumerate(prompt_ids):
+        row = trainer.accelerator.process_index * len(prompt_ids) + i
+        key = (trainer.state.global_step, row // num_generations, row % num_generations)
+        rng = random.Random(str(key if trainer.model.training else (trainer.state.global_step, prompt)))
+        ids = [rng.randrange(6, 768) for _ in range(rng.randint(1, 6))]
+        # The first rows are all on the first of two ranks: none scored there after step 2, some before
+        is_unscored = trainer.model.training and num_generations == 1 and row < (4 if key[0] >= 2 else 2)
+        completions.append([UNSCORED if is_unscored else 6, *ids])
+    return completions, None
 
 
 def train_online(
@@ -218,8 +231,10 @@ def train_online(
     settings: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """Every run of one online method, by name."""
-    results = {}
+    results, generate = {}, GRPOTrainer._generate_single_turn
     prompts = dialogues.select_columns("prompt")
+    if trainer_class is DRPOTrainer:
+        prompts = prompts.add_column("reference", [completions[0] for completions in dialogues["completions"]])
 
     def train(name: str, resume: str | None = None, replayed: bool = True, **kwargs) -> None:
         trainer_kwargs = {k: kwargs.pop(k) for k in ("peft_config", "callbacks") if k in kwargs}
@@ -247,9 +262,8 @@ def train_online(
             processing_class=tokenizer,
             **trainer_kwargs,
         )
-        if replayed:
-            replay(trainer)
-        trainer.train(resume_from_checkpoint=resume)
+        with patch.object(GRPOTrainer, "_generate_single_turn", look_up if replayed else generate):
+            trainer.train(resume_from_checkpoint=resume)
         history = trainer.state.log_history
         results[name] = {
             key: [entry[key] for entry in history if key in entry]
@@ -274,7 +288,7 @@ def train_online(
     train("leave one out", advantage_estimator="leave_one_out", **groups)
 
     # Resume in the middle of a generation, which every rank made for itself
-    policies = {"full": None, "lora": lora()} if trainer_class is APATrainer else {"full": None}
+    policies = {"full": None} if trainer_class is PPOTrainer else {"full": None, "lora": lora()}
     if state.num_processes == 2:
         for name, peft_config in policies.items():
             kwargs = {"replayed": False, "max_steps": 8, "num_iterations": 3, "peft_config": peft_config}
