@@ -554,7 +554,7 @@ def plot_rewards(samples: dict[str, list[dict[str, Any]]], output_dir: Path) -> 
 def plot_online(trainer: Trainer, output_dir: Path) -> None:
     """
     What the policy gets while it trains, what it pays for that, and how well the critic foresees it. Where there are
-    resets, completions that begin at the prompt are also shown apart: the others flatter.
+    resets, completions that begin at the prompt are also shown apart: the others are in part somebody else's.
     """
     titles = {
         "reward": "Reward that is trained on",

@@ -166,14 +166,13 @@ def test_short_references(build, tokenizer, prompt, reference, lengths, min_roll
     prompt_ids = trainer._tokenize_prompts([prompt])[0][0]
     drawn = draw(trainer, {"prompt": prompt, "reference": reference}, 40, prompt_ids)
     found = {len(roll_in) for roll_in in drawn if roll_in is not None}
-    assert found == (lengths[min_roll_in] or set())
-    assert (None in drawn) and (len(found) == 0) == all(roll_in is None for roll_in in drawn)
+    assert found == (lengths[min_roll_in] or set()) and None in drawn
 
 
 def test_dataset_with_missing_references(build):
     """Rows without a reference, or with one that is too short, begin at the prompt and are trained on."""
     dataset = Dataset.from_dict({"prompt": ["The kettle"] * 4, "reference": [None, "", " is", " is on the table"]})
-    trainer = build(train_dataset=dataset, reset_prob=1.0 - 1e-9, min_roll_in=1, max_steps=2, num_iterations=1)
+    trainer = build(train_dataset=dataset, reset_prob=1.0, min_roll_in=1, max_steps=2, num_iterations=1)
     drawn = recorded_draws(trainer)
     losses, _ = run(trainer)
     assert len(losses) == 2
@@ -207,7 +206,7 @@ def test_ranks_draw_what_one_process_draws(build, monkeypatch, num_generations):
     whole = draw(trainer, ROW, 12)
     groups = [whole[i : i + num_generations] for i in range(0, 12, num_generations)]
     assert all(roll_in == group[0] for group in groups for roll_in in group)
-    assert len({str(group) for group in groups}) > 2 - (num_generations == 4)
+    assert len({str(group) for group in groups}) > 1
     ranks = []
     for rank in (0, 1):
         monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(process_index=rank))
@@ -331,7 +330,7 @@ def test_generation_starts_after_the_exact_reference_prefix(build, generated, di
 def test_roll_ins_are_not_tokenized_again(build, generated, tokenizer, prompt, reference):
     """Control: their text has other tokens."""
     rows = [{"prompt": prompt, "reference": reference}] * 16
-    trainer = build(train_dataset=Dataset.from_list(rows), per_device_train_batch_size=16, reset_prob=1.0 - 1e-9)
+    trainer = build(train_dataset=Dataset.from_list(rows), per_device_train_batch_size=16, reset_prob=1.0)
     trainer.model.train()
     starts, seen, batch = generated(trainer, rows)
     prompt_ids, whole = (tokenizer(text)["input_ids"] for text in (prompt, reference))
@@ -389,11 +388,11 @@ def test_evaluation_changes_no_draw(build, rows, tmp_path):
     assert in_training[0] == in_training[1] and len(in_training[0]) > 1
 
 
-def test_vllm_gets_the_roll_in_and_corrects_the_rest(table_trainer, tokenizer):
+def test_vllm_gets_the_roll_in_and_corrects_the_rest(table_trainer, tokenizer, monkeypatch):
     """The importance ratio of a token is exp(ln π_old − ln π_vLLM), and 1 where vLLM has chosen nothing."""
     trainer = table_trainer(vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_max=1e6)
     expected = roll_out(trainer)
-    trainer.patched.undo()  # the real one
+    monkeypatch.undo()  # the real one
     trainer.use_vllm, trainer._last_loaded_step = True, -1
     trainer.vllm_generation = _VLLM(trainer, table(tokenizer))
     generate, starts = trainer.vllm_generation.generate, []
@@ -436,7 +435,6 @@ def table_trainer(build_online_trainer, rows, tokenizer, monkeypatch):
             return [list(ids) for ids in continuations[: len(prompt_ids)]], None
 
         monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", replay)
-        trainer.patched = monkeypatch
         trainer._draw_roll_ins = lambda prompt_ids: ROLL_INS[: len(prompt_ids)]
         trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
         trainer.model.train()
@@ -691,8 +689,9 @@ def test_metrics_are_logged(build):
 
 def test_table_of_completions_shows_the_roll_in(build, rows, tmp_path, tokenizer):
     """Eight completions in training and four in evaluation for each step: the last eight are in its table."""
-    texts = rows.map(lambda row: {"prompt": row["prompt"][-1]["content"], "reference": row["reference"][0]["content"]})
-    texts = Dataset.from_dict({"prompt": texts["prompt"], "reference": [f" {x}" for x in texts["reference"]]})
+    texts = Dataset.from_list(
+        [{"prompt": row["prompt"][-1]["content"], "reference": f" {row['reference'][0]['content']}"} for row in rows]
+    )
     trainer = build(
         train_dataset=texts, eval_dataset=texts.take(4), log_completions=True, eval_strategy="steps", eval_steps=1,
         max_steps=2, per_device_train_batch_size=8, reset_prob=0.9, max_completion_length=8, num_iterations=1,

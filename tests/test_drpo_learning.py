@@ -15,7 +15,7 @@ from trl_lol.losses import ppo_policy_loss
 
 
 # Rows: the policy of the first token, of the second one after 0, and after 1. It does not start as the uniform π_ref
-START = torch.tensor([[0.5, -0.3], [-0.2, 0.1], [-0.4, 0.3]], dtype=torch.float64)  # logits
+START = torch.tensor([[-0.5, 0.3], [-0.2, 0.1], [-0.4, 0.3]], dtype=torch.float64)  # logits
 OPTIMUM = torch.tensor([[0.7161, 0.2839], [0.9820, 0.0180], [0.5, 0.5]]).double()
 REFERENCES = torch.tensor([0.3, 0.7], dtype=torch.float64)  # how often a reference begins with each token
 
@@ -68,5 +68,5 @@ def test_two_steps_that_always_begin_with_a_roll_in_leave_the_first_token_alone(
     policy = solve(1.0, 1)
     assert torch.equal(policy[0], START[0].softmax(-1))
     torch.testing.assert_close(policy[1:], OPTIMUM[1:], rtol=0, atol=1e-4)
-    assert (START[0].softmax(-1) - OPTIMUM[0]).abs().max() > 0.02
-    assert (solve(1.0, 1, train_on_roll_in=True)[0] - START[0].softmax(-1)).abs().max() > 0.02
+    assert (START[0].softmax(-1) - OPTIMUM[0]).abs().max() > 0.1
+    assert (solve(1.0, 1, train_on_roll_in=True)[0] - START[0].softmax(-1)).abs().max() > 0.1

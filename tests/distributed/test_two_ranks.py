@@ -92,7 +92,8 @@ def test_sampled_groups_do_not_depend_on_the_ranks(worlds):
 @pytest.mark.parametrize("method", ["ppo", "apa", "drpo"])
 def test_online_two_ranks_equal_one(worlds, method, run):
     """On the same completions: with whitening over all ranks' tokens, a critic, rows without a reward on one rank only
-    (all its rows in the second generation), and groups of which each rank has a half."""
+    (for PPO and APA all its rows in the second generation), and groups of which each rank has a half. For DR-PO the
+    ranks draw the same roll-ins."""
     one, two = worlds[1][method][run], worlds[2][method][run]
     assert len(one["loss"]) == 4
     assert one["loss"] == pytest.approx(two["loss"], rel=0, abs=1e-6)

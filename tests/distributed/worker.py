@@ -86,7 +86,8 @@ def main(expected_world_size: int, folder: Path) -> None:
             tokenizer,
             state,
             folder / "drpo",
-            {"beta": 0.05, "learning_rate": 0.1, "reset_prob": 0.5},
+            # The seed decides on resets: of the groups of four, the second is reset and the first is not
+            {"beta": 0.05, "learning_rate": 0.1, "reset_prob": 0.5, "seed": 10},
         ),
         # Scores and greedy completions do not depend on how rows are dealt out, also when there are fewer than ranks
         "scores": [score_dataset(pairs.select(range(n)), toy.oracle_reward).to_dict() for n in (1, 7)],
@@ -284,7 +285,7 @@ def train_online(
     # Groups of 4 in a batch of 4: on two ranks each has one half of the group
     groups = {"global_batch": 4, "num_generations": 4}
     train("groups", **groups)
-    settings = {name: settings[name] for name in ("beta", "learning_rate")}
+    settings = {name: value for name, value in settings.items() if not name.startswith(("whiten", "value"))}
     train("leave one out", advantage_estimator="leave_one_out", **groups)
 
     # Resume in the middle of a generation, which every rank made for itself

@@ -5,7 +5,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._trl import get_dataset_column_names
 from .drpo_config import DRPOConfig
 from .ppo_trainer import PPOTrainer
 from .roll_in import find_reference_column, tokenize_reference
@@ -81,14 +80,15 @@ peft_config:
     }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
         self._reference_column: str | None = None
-        if self.args.reset_prob > 0:
-            columns = get_dataset_column_names(self.train_dataset)
-            self._reference_column = find_reference_column(columns, self.args.reference_column)
+        super().__init__(*args, **kwargs)
         self._rows: list[dict[str, Any]] = []  # of the generation batch
         self._roll_ins: list[list[int] | None] = []  # tokens to restart from; none of a completion that is not reset
         self._generation = (-1, 0)  # optimizer step, and the number of generation batches within it
+
+    def _find_columns(self, columns: list[str], args: DRPOConfig) -> None:
+        if args.reset_prob > 0:
+            self._reference_column = find_reference_column(columns, args.reference_column)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

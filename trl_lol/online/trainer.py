@@ -94,6 +94,8 @@ class _ActorCriticTrainer(GRPOTrainer):
                 "would be trained on as if the policy had chosen them. Use GRPOTrainer, or leave it out."
             )
         _check_datasets(train_dataset, eval_dataset, args)
+        if isinstance(train_dataset, Dataset | IterableDataset):
+            self._find_columns(get_dataset_column_names(train_dataset), args)
         _check_reward_funcs(reward_funcs, args)
         if isinstance(model, nn.Module):
             base_model = model.get_base_model() if is_peft_model(model) else model
@@ -143,6 +145,9 @@ class _ActorCriticTrainer(GRPOTrainer):
         if args.advantage_estimator == "gae":
             self.value_head = add_value_head(self._base_model)
         self._passes: list[Tensor] = []  # values of the latest forwards
+
+    def _find_columns(self, columns: list[str], args: Any) -> None:
+        """What a subclass takes from the train dataset beside `prompt`. Called before models are loaded."""
 
     @property
     def _base_model(self) -> PreTrainedModel:
