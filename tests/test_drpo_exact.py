@@ -17,7 +17,6 @@ from conftest import LORA, SGD, StopAt, distance, early_tokens, logged, run, wei
 from datasets import Dataset
 from scipy.stats import chisquare
 from test_online_exact import (
-    _VLLM,
     CLOSE,
     LENGTHS,
     PARTLY,
@@ -41,15 +40,9 @@ from trl_lol import DRPOTrainer, PPOTrainer
 ROW = {"prompt": "The kettle", "reference": " is on the table, and"}
 
 
-@pytest.fixture(scope="session")
-def rows(dialogues):
-    """60 prompts, each with an answer as its reference."""
-    return dialogues.select_columns("prompt").add_column("reference", [x[0] for x in dialogues["completions"]])
-
-
 @pytest.fixture
-def build(build_online_trainer, rows):
-    return partial(build_online_trainer, DRPOTrainer, train_dataset=rows, reset_prob=0.5, learning_rate=1e-3)
+def build(build_online_trainer):
+    return partial(build_online_trainer, DRPOTrainer, reset_prob=0.5, learning_rate=1e-3)
 
 
 def draw(trainer, row, count, prompt_ids=(0,)):
@@ -72,13 +65,13 @@ def answer_ids(tokenizer, prompt, answer):
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
-def test_without_resets_it_is_ppo(build, build_online_trainer, rows, tmp_path, peft_config):
+def test_without_resets_it_is_ppo(build, build_online_trainer, references, tmp_path, peft_config):
     """Bit for bit, also with a dataset without references. Controls: resets are another run, and need references."""
     settings = {"peft_config": peft_config, "num_iterations": 2, "max_steps": 4, "learning_rate": 1e-3}
-    prompts = rows.select_columns("prompt")
+    prompts = references.select_columns("prompt")
     ppo, ppo_weights = run(build_online_trainer(PPOTrainer, output_dir=tmp_path / "a", **settings))
     settings["reset_prob"] = 0.0
-    for name, dataset in (("b", prompts), ("c", rows)):
+    for name, dataset in (("b", prompts), ("c", references)):
         losses, after = run(build(output_dir=tmp_path / name, train_dataset=dataset, **settings))
         assert losses == ppo and distance(after, ppo_weights) == 0
     settings["reset_prob"] = 0.5
@@ -345,13 +338,13 @@ def test_roll_ins_are_not_tokenized_again(build, generated, tokenizer, prompt, r
 
 
 @pytest.mark.parametrize("estimator", ["gae", "leave_one_out"])
-def test_a_group_shares_its_roll_in(build, generated, rows, estimator):
+def test_a_group_shares_its_roll_in(build, generated, references, estimator):
     trainer = build(
         num_generations=4, advantage_estimator=estimator, per_device_train_batch_size=16, reset_prob=0.9,
         max_completion_length=12,
     )  # fmt: skip
     trainer.model.train()
-    given = [rows[i // 4] for i in range(16)]
+    given = [references[i // 4] for i in range(16)]
     starts, seen, batch = generated(trainer, given)
     groups = [starts[i : i + 4] for i in range(0, 16, 4)]
     assert all(start == group[0] for group in groups for start in group)
@@ -360,9 +353,9 @@ def test_a_group_shares_its_roll_in(build, generated, rows, estimator):
     assert len({str(ids) for ids in seen["completion_ids"]}) > 12  # Control: the continuations are drawn for each
 
 
-def test_no_resets_in_evaluation(build, generated, rows):
+def test_no_resets_in_evaluation(build, generated, references):
     """Nor a need for references. Control: in training every completion has a roll-in."""
-    prompts = rows.select_columns("prompt")
+    prompts = references.select_columns("prompt")
     trainer = build(reset_prob=1.0, min_roll_in=1, eval_dataset=prompts.take(8), per_device_train_batch_size=8)
     metrics = trainer.evaluate()
     assert {"eval_reward", "eval_loss", "eval_value_loss"} <= metrics.keys()
@@ -373,12 +366,12 @@ def test_no_resets_in_evaluation(build, generated, rows):
     assert starts == prompt_ids
     assert torch.equal(batch["loss_mask"], batch["completion_mask"])
     trainer.model.train()
-    starts, _, _ = generated(trainer, list(rows.take(8)))
+    starts, _, _ = generated(trainer, list(references.take(8)))
     assert all(len(start) > len(ids) for start, ids in zip(starts, prompt_ids, strict=True))
 
 
-def test_evaluation_changes_no_draw(build, rows, tmp_path):
-    settings = {"max_steps": 3, "eval_dataset": rows.take(4), "num_iterations": 1}
+def test_evaluation_changes_no_draw(build, references, tmp_path):
+    settings = {"max_steps": 3, "eval_dataset": references.take(4), "num_iterations": 1}
     trainers = [build(output_dir=tmp_path / name, **settings) for name in "ab"]
     trainers[1].args.eval_strategy, trainers[1].args.eval_steps = "steps", 1
     draws = [recorded_draws(trainer) for trainer in trainers]
@@ -386,27 +379,6 @@ def test_evaluation_changes_no_draw(build, rows, tmp_path):
         trainer.train()
     in_training = [[roll_ins for given, roll_ins in drawn if any(roll_ins)] for drawn in draws]
     assert in_training[0] == in_training[1] and len(in_training[0]) > 1
-
-
-def test_vllm_gets_the_roll_in_and_corrects_the_rest(table_trainer, tokenizer, monkeypatch):
-    """The importance ratio of a token is exp(ln π_old − ln π_vLLM), and 1 where vLLM has chosen nothing."""
-    trainer = table_trainer(vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_max=1e6)
-    expected = roll_out(trainer)
-    monkeypatch.undo()  # the real one
-    trainer.use_vllm, trainer._last_loaded_step = True, -1
-    trainer.vllm_generation = _VLLM(trainer, table(tokenizer))
-    generate, starts = trainer.vllm_generation.generate, []
-    trainer.vllm_generation.generate = lambda prompts, **kwargs: starts.extend(prompts) or generate(prompts, **kwargs)
-    batch = roll_out(trainer)
-    prompt_ids = trainer._tokenize_prompts(trainer.train_dataset[:8]["prompt"])[0]
-    assert starts == [prompt + (roll_in or []) for prompt, roll_in in zip(prompt_ids, ROLL_INS, strict=True)]
-    assert torch.equal(batch["completion_ids"], expected["completion_ids"])
-    generated = batch["loss_mask"].bool()
-    ratio = (batch["old_per_token_logps"] + 1.0).exp()  # vLLM says −1 for every token
-    torch.testing.assert_close(batch["importance_sampling_ratio"][generated], ratio[generated])
-    assert (batch["importance_sampling_ratio"][~generated] == 1).all()
-    assert loss_and_gradient(trainer, batch)[0].isfinite()
-    assert (ratio[batch["completion_mask"].bool() & ~generated] != 1).all()  # Control
 
 
 # --- Losses, on the table of `test_online_exact` behind fixed roll-ins
@@ -422,13 +394,13 @@ NUM_GENERATED, NUM_ALL = 33, 44
 
 
 @pytest.fixture
-def table_trainer(build_online_trainer, rows, tokenizer, monkeypatch):
+def table_trainer(build_online_trainer, tokenizer, monkeypatch):
     """Makes a trainer that replays the table as continuations of fixed roll-ins, with a policy that has left its
     reference."""
 
     def make(scores=SCORES, **kwargs):
         settings = {"per_device_train_batch_size": 8, "max_completion_length": 10, "reward_funcs": returning(scores)}
-        trainer = build_online_trainer(DRPOTrainer, train_dataset=rows, **(settings | kwargs))
+        trainer = build_online_trainer(DRPOTrainer, **(settings | kwargs))
         continuations = table(tokenizer)
 
         def replay(trainer, prompt_ids, *args, **kwargs):
@@ -687,10 +659,13 @@ def test_metrics_are_logged(build):
             assert entry[total] == pytest.approx(mixed, rel=1e-5)
 
 
-def test_table_of_completions_shows_the_roll_in(build, rows, tmp_path, tokenizer):
+def test_table_of_completions_shows_the_roll_in(build, references, tmp_path, tokenizer):
     """Eight completions in training and four in evaluation for each step: the last eight are in its table."""
     texts = Dataset.from_list(
-        [{"prompt": row["prompt"][-1]["content"], "reference": f" {row['reference'][0]['content']}"} for row in rows]
+        [
+            {"prompt": row["prompt"][-1]["content"], "reference": f" {row['reference'][0]['content']}"}
+            for row in references
+        ]
     )
     trainer = build(
         train_dataset=texts, eval_dataset=texts.take(4), log_completions=True, eval_strategy="steps", eval_steps=1,
@@ -714,9 +689,9 @@ def test_table_of_completions_shows_the_roll_in(build, rows, tmp_path, tokenizer
 
 
 @pytest.mark.parametrize("kind", ["iterable", "unused columns"])
-def test_other_datasets_are_the_same_run(build, rows, tmp_path, kind):
+def test_other_datasets_are_the_same_run(build, references, tmp_path, kind):
     """A stream, or columns that are removed: as the dataset in memory, bit for bit. Control: it resets."""
-    rows = rows.add_column("unused", list(range(60)))
+    rows = references.add_column("unused", list(range(60)))
     settings = {"shuffle_dataset": False, "max_steps": 3, "num_iterations": 1, "reset_prob": 0.8}
     other = {"train_dataset": rows.to_iterable_dataset()} if kind == "iterable" else {"remove_unused_columns": True}
     losses, expected = run(build(output_dir=tmp_path / "a", train_dataset=rows, **settings))

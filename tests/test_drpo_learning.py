@@ -4,6 +4,8 @@ would not find by itself.
 """
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,10 @@ from torch import Tensor
 
 from trl_lol.advantages import gae, token_rewards
 from trl_lol.losses import ppo_policy_loss
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import drpo_code_word as code_word
 
 
 # Rows: the policy of the first token, of the second one after 0, and after 1. It does not start as the uniform π_ref
@@ -70,3 +76,15 @@ def test_two_steps_that_always_begin_with_a_roll_in_leave_the_first_token_alone(
     torch.testing.assert_close(policy[1:], OPTIMUM[1:], rtol=0, atol=1e-4)
     assert (START[0].softmax(-1) - OPTIMUM[0]).abs().max() > 0.1
     assert (solve(1.0, 1, train_on_roll_in=True)[0] - START[0].softmax(-1)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_code_word_is_found_with_resets_and_not_without(seed: int) -> None:
+    """
+    5 tokens out of 8 symbols, 3072 completions: PPO expects to meet the word 3072/8⁵ = .09 times, so that there is
+    nothing to learn from. A rollout that restarts before the last token meets it with probability 1/8.
+    """
+    found = {method: code_word.train(method, 5, seed, num_completions=3072) for method in ("DR-PO", "PPO")}
+    assert all(result["curve"][0][1] == pytest.approx(8**-5) for result in found.values())
+    assert found["DR-PO"]["success"] > 0.8
+    assert found["PPO"]["success"] < 0.01

@@ -31,6 +31,8 @@ TRAINER = {"ppo": PPOTrainer, "apa": APATrainer, "drpo": DRPOTrainer}
 def build(request, build_online_trainer):
     """Makes trainers of every kind: two steps of a run for each generation."""
     settings = {"learning_rate": 1e-3, "num_iterations": 2, "max_steps": 4}
+    if request.param == "drpo":
+        settings["reset_prob"] = 0.5
     return partial(build_online_trainer, TRAINER[request.param], **settings)
 
 

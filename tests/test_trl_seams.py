@@ -517,7 +517,7 @@ def test_grpo_methods_of_drpo():
     """Beside those of the base, one is overridden, and one is what reward functions get as `log_extra`."""
     own = {name for name in vars(DRPOTrainer) if not name.startswith("__") and hasattr(GRPOTrainer, name)}
     assert own - {"_abc_impl"} - GRPO_OVERRIDDEN.keys() == {
-        "_name", "_paper", "_set_signature_columns_if_needed", "_tag_names"
+        "_name", "_paper", "_set_signature_columns_if_needed", "_tag_names",
     }  # fmt: skip
     for name, expected in {
         "_log_completion_extra": "(self, column, values)",

@@ -84,6 +84,7 @@ peft_config:
         super().__init__(*args, **kwargs)
         self._rows: list[dict[str, Any]] = []  # of the generation batch
         self._roll_ins: list[list[int] | None] = []  # tokens to restart from; none of a completion that is not reset
+        self._lengths: list[int] = []  # tokens of the whole completions
         self._generation = (-1, 0)  # optimizer step, and the number of generation batches within it
 
     def _find_columns(self, columns: list[str], args: DRPOConfig) -> None:
@@ -95,13 +96,17 @@ peft_config:
         if self._reference_column not in (None, *self._signature_columns):
             self._signature_columns.append(self._reference_column)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._generation = (-1, 0)  # of an earlier call
+        return super().train(*args, **kwargs)
+
     # ---- Rollouts ----
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rows = inputs
         batch = super()._generate_and_score_completions(inputs)
         if self.model.training:
-            self._log_resets(batch)
+            self._log_resets()
         return batch
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
@@ -115,6 +120,7 @@ peft_config:
             (roll_in + ids)[: self.max_completion_length]
             for roll_in, ids in zip(roll_ins, completion_ids, strict=True)
         ]
+        self._lengths = [len(ids) for ids in whole]
         if logps is not None:  # nobody has sampled the roll-in, which TRL knows as None
             logps = [
                 ([None] * len(roll_in) + own)[: self.max_completion_length]
@@ -160,11 +166,11 @@ peft_config:
         generated = mask * (torch.arange(mask.size(1), device=mask.device) >= roll_in_lengths.unsqueeze(1))
         return generated, mask if self.args.train_on_roll_in_values else generated
 
-    def _log_resets(self, batch: dict[str, Any]) -> None:
+    def _log_resets(self) -> None:
         """Means over the completions of all processes, those that begin at the prompt apart: the others flatter."""
         rows = [
             (roll_in is not None, len(roll_in or []), length)
-            for roll_in, length in zip(self._roll_ins, batch["completion_mask"].sum(dim=1).tolist(), strict=True)
+            for roll_in, length in zip(self._roll_ins, self._lengths, strict=True)
         ]
         everyone = self._gather_rows(torch.tensor(rows, dtype=torch.float32, device=self.accelerator.device))
         is_reset, roll_in_length, length = everyone.unbind(dim=1)
