@@ -5,7 +5,8 @@ reward is cheap, ROUGE-L to the human summary and how near its length is: this s
     pip install rouge-score
     python benchmarks/drpo_tldr_smollm2.py --model SMOLLM2 --data TLDR --output benchmarks/results/drpo_tldr_smollm2
 
-`TLDR` is a folder with train and test files of rows with `prompt`, which ends in "TL;DR:", and `reference`.
+`TLDR` is a folder with train and test files of rows with `prompt`, which ends in "TL;DR:", and `reference`. Summaries
+before and after go, with their posts, to `--work_dir`.
 """
 
 import argparse
@@ -131,7 +132,7 @@ def main() -> None:
         for name, result in results.items():
             sample = result["samples"][i]
             lines += ["", f"**{name}** ({sample['reward']:.2f}) {sample['completion'].strip()}"]
-    (args.output / "samples.md").write_text("# Summaries before and after\n" + "\n".join(lines) + "\n")
+    Path(args.work_dir, "samples.md").write_text("# Summaries before and after\n" + "\n".join(lines) + "\n")
     for result in results.values():
         del result["samples"]
     record = {

@@ -74,7 +74,7 @@ METHODS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         "DRPOConfig",
         {**OURS, "learning_rate": 3e-5, "beta": BETA, "lam": 1.0, "reset_prob": 1.0},
     ),
-    "SFT on references": ("trl", "SFTTrainer", "SFTConfig", {"learning_rate": 1e-4, "completion_only_loss": True}),
+    "SFT on references": ("trl", "SFTTrainer", "SFTConfig", {"learning_rate": 3e-5, "completion_only_loss": True}),
     "APA": ("trl_lol", "APATrainer", "APAConfig", {**OURS, "learning_rate": 3e-5, "beta": 0.1, "loss_type": "apa"}),
     "AWR": ("trl_lol", "APATrainer", "APAConfig", {**OURS, "learning_rate": 1e-5, "beta": 1.0, "loss_type": "awr"}),
     "RLOO": ("trl", "RLOOTrainer", "RLOOConfig", {"learning_rate": 1e-4, "beta": BETA, "num_generations": 4}),
