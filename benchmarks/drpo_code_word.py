@@ -275,8 +275,9 @@ def table(output: Path) -> None:
         return ", ".join(str(r["completions_to_first_reward"] or "never") for r in rs)
 
     head = ["| n | " + " | ".join(map(str, lengths)) + " |", "| --- |" + " ---: |" * len(lengths)]
-    some = next(iter(results["PPO"].values()))[0]
-    rates = " | ".join(f"{results['PPO'][n][0]['learning_rate']:g}" for n in lengths)
+    some = next(iter(next(iter(results.values())).values()))[0]
+    of_ppo = results.get("PPO", {})
+    rates = " | ".join(f"{of_ppo[n][0]['learning_rate']:g}" if n in of_ppo else "" for n in lengths)
     lines = [
         f"Probability of the code word of n tokens from the bare prompt, after {some['num_completions']} completions: "
         "mean over the seeds (each seed).",

@@ -180,7 +180,7 @@ def test_a_first_token_that_is_never_trained_warns(caplog: pytest.LogCaptureFixt
     make(DRPOConfig, min_roll_in=1, reset_prob=0.9)
     assert "never trained" not in caplog.text
     make(DRPOConfig, min_roll_in=1)
-    assert "its first token is never trained" in caplog.text
+    assert "what comes first is never trained" in caplog.text
 
 
 def test_names_of_the_ppo_that_trl_had(tiny_model: Callable[..., Any], prompts: Dataset):
@@ -298,10 +298,17 @@ def test_references_that_will_not_do(build: Callable[..., Any], prompts: Dataset
     for reference in (conversation, ["a text", "another"], 7):
         rows = Dataset.from_dict({"prompt": prompts["prompt"][:], "chosen": [reference] * 16})
         with pytest.raises(ValueError, match=r"The reference completion .* a text, or messages of which the first is"):
-            build(DRPOConfig, constant, rows).train()
+            build(DRPOConfig, constant, rows)
     texts = Dataset.from_dict({"prompt": ["How?"] * 16, "reference": [conversation[1:]] * 16})
     with pytest.raises(ValueError, match=r"The reference completion .* must be a text, as the prompt is"):
-        build(DRPOConfig, constant, texts).train()
+        build(DRPOConfig, constant, texts)
+    with pytest.raises(ValueError, match=r"The reference completion .* It repeats the prompt"):
+        build(DRPOConfig, constant, Dataset.from_dict({"prompt": ["How?"] * 16, "reference": ["How? So."] * 16}))
+    # Unpaired preferences have bad completions among them
+    labelled = Dataset.from_dict({"prompt": ["How?"] * 16, "completion": [" So."] * 16, "label": [True, False] * 8})
+    with pytest.raises(ValueError, match=r"a column 'label', .* `reference_column='completion'`"):
+        build(DRPOConfig, constant, labelled)
+    build(DRPOConfig, constant, labelled, reference_column="completion")
 
 
 @pytest.mark.parametrize("config_class", CONFIGS)

@@ -145,7 +145,7 @@ def test_rollouts_of_another_size_are_made_anew(build, tmp_path, caplog, changed
     build(output_dir=tmp_path, max_steps=3, **settings).train()
     trainer = build(output_dir=tmp_path, max_steps=5, **(settings | changed))
     trainer.train(resume_from_checkpoint=True)
-    assert "rollouts are of a run with other batch sizes" in caplog.text
+    assert "rollouts are of a run with other batches" in caplog.text
     assert trainer.state.global_step == 5
 
 

@@ -1,5 +1,6 @@
-"""The Python of README and docs runs as it is shown, on a tiny model."""
+"""The Python of README, docs and docstrings runs as it is shown, on a tiny model."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -22,6 +23,9 @@ BLOCKS = {
     for index, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL))
     if "# pip install trl==" not in block  # shows what a script was with another version
 }
+for name in filter(lambda name: name.endswith("Trainer"), trl_lol.__all__):
+    for block in re.findall(r"```python\n(.*?)```", inspect.getdoc(getattr(trl_lol, name)), flags=re.DOTALL):
+        BLOCKS[name] = block.replace("Qwen/Qwen3-0.6B", "path/or/id/of/a/model")
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -64,3 +68,4 @@ def _on_cpu(original):
 def test_there_is_something_to_run():
     # An edit that renames the fences would otherwise leave nothing to run
     assert sum(name.startswith("README.md") for name in BLOCKS) >= 5 and "docs/from_trl_ppo.md 1" in BLOCKS
+    assert {"PPOTrainer", "APATrainer", "DRPOTrainer"} <= BLOCKS.keys()

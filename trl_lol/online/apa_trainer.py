@@ -45,7 +45,7 @@ class APATrainer(_ActorCriticTrainer):
     trainer = APATrainer(
         "Qwen/Qwen3-0.6B",
         reward_funcs=reward_len,
-        args=APAConfig("out"),
+        args=APAConfig("out", per_device_train_batch_size=2),
         train_dataset=Dataset.from_dict({"prompt": ["The sky is", "The sun is"]}),
     )
     trainer.train()

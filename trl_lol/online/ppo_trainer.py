@@ -32,7 +32,7 @@ class PPOTrainer(_ActorCriticTrainer):
     trainer = PPOTrainer(
         "Qwen/Qwen3-0.6B",
         reward_funcs=reward_len,
-        args=PPOConfig("out"),
+        args=PPOConfig("out", per_device_train_batch_size=2),
         train_dataset=Dataset.from_dict({"prompt": ["The sky is", "The sun is"]}),
     )
     trainer.train()
@@ -85,5 +85,5 @@ class PPOTrainer(_ActorCriticTrainer):
         is_high_clipped = (ratio > 1 + epsilon) & (advantages > 0)
         clipped = {"low_mean": is_low_clipped, "high_mean": is_high_clipped}
         clipped["region_mean"] = is_low_clipped | is_high_clipped
-        self._log_means(mask, **{f"clip_ratio/{name}": x.float() for name, x in clipped.items()})
+        self._log_means({f"clip_ratio/{name}": (x.float(), mask) for name, x in clipped.items()})
         return ppo_policy_loss(logps, old_logps, mask, advantages, epsilon=epsilon)

@@ -3,10 +3,14 @@
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging
 from trl import is_conversational
 
-from .._trl import tokenize
+from .._trl import common_prefix_length, tokenize
+from ..data import Messages
 
+
+logger = logging.get_logger(__name__)
 
 REFERENCE_COLUMNS = ("completion", "chosen", "reference")
 
@@ -25,10 +29,15 @@ def find_reference_column(columns: list[str], reference_column: str | None) -> s
         `str`: That one, or else the first of `completion`, `chosen` and `reference` that there is.
 
     Raises:
-        `ValueError`: If there is none.
+        `ValueError`: If there is none, or if it has been found beside labels that tell good completions from bad ones.
     """
     names = REFERENCE_COLUMNS if reference_column is None else (reference_column,)
     if found := [name for name in names if name in columns]:
+        if reference_column is None and "label" in columns:
+            raise ValueError(
+                "The train dataset has a column 'label', by which some of its completions are bad ones. Keep the good "
+                f"ones, and name their column with `reference_column={found[0]!r}`."
+            )
         return found[0]
     raise ValueError(
         f"Rollouts restart from reference completions, which are looked for in {' or '.join(map(repr, names))}, and "
@@ -37,9 +46,42 @@ def find_reference_column(columns: list[str], reference_column: str | None) -> s
     )
 
 
+def reference_message(prompt: str | Messages, reference: str | Messages | None) -> dict[str, Any] | None:
+    """
+    The reference completion of a prompt as one message, also where both are texts.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            The prompt, as text or as messages.
+        reference (`str` or `list[dict]`, *optional*):
+            The completion. For a prompt of messages also a text, the answer; of several messages the first counts.
+
+    Returns:
+        `dict`: The assistant's message, or `None` where there is no reference or an empty one.
+
+    Raises:
+        `ValueError`: If the reference is no completion of the prompt.
+    """
+    if reference is None or reference in ("", []):
+        return None
+    found = f"The reference completion of the prompt {str(prompt)[-80:]!r} is {str(reference)[:80]!r}."
+    message, expected = {"role": "assistant", "content": reference}, "a text, as the prompt is"
+    if isinstance(prompt, list):
+        message = reference[0] if is_conversational({"prompt": reference}) else message
+        expected = "a text, or messages of which the first is the assistant's, its content a text"
+    if message["role"] != "assistant" or not isinstance(message.get("content"), str):
+        raise ValueError(
+            f"{found} It must be {expected}; null where there is none. `trl.extract_prompt` takes the prompt out of "
+            "completions that hold the whole conversation."
+        )
+    if isinstance(prompt, str) and prompt and reference.startswith(prompt):
+        raise ValueError(f"{found} It repeats the prompt: it must be what follows it.")
+    return message if message["content"] else None
+
+
 def tokenize_reference(
-    prompt: str | list[dict[str, Any]],
-    reference: str | list[dict[str, Any]] | None,
+    prompt: str | Messages,
+    reference: str | Messages | None,
     prompt_ids: list[int],
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     eos_token_ids: list[int],
@@ -52,7 +94,7 @@ def tokenize_reference(
         prompt (`str` or `list[dict]`):
             The prompt, as text or as messages.
         reference (`str` or `list[dict]`, *optional*):
-            The completion. For a prompt of messages also a text, the answer; of several messages the first counts.
+            The completion (see [`reference_message`]).
         prompt_ids (`list[int]`):
             Tokens of the prompt that the completion is to follow.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
@@ -63,35 +105,41 @@ def tokenize_reference(
             Arguments of the chat template.
 
     Returns:
-        `list[int]`: The tokens before the first that ends the completion. None where there is no reference.
+        `list[int]`: The tokens before the first that ends the completion. Empty where there is no reference.
 
     Raises:
         `ValueError`: If the reference is no completion of the prompt.
     """
-    if not reference:
-        return []
-    answer, expected = reference, "a text, as the prompt is"
-    if isinstance(prompt, list):
-        expected = "a text, or messages of which the first is the assistant's"
-        if is_conversational({"prompt": reference}):
-            answer = reference[0]["content"] if reference[0]["role"] == "assistant" else None
-    if not isinstance(answer, str):
-        raise ValueError(
-            f"The reference completion of the prompt {str(prompt)[-80:]!r} is {str(reference)[:80]!r}. It must be "
-            f"{expected}; null where there is none."
-        )
-    if not answer:
+    message = reference_message(prompt, reference)
+    if message is None:
         return []
     if isinstance(prompt, str):
-        tokenized = tokenize(processing_class, prompt + answer)
-    else:  # with nothing behind the answer, and no end of turn
-        whole = [*prompt, {"role": "assistant", "content": answer}]
-        tokenized = tokenize(processing_class, whole, continue_final_message=True, **template_kwargs)
-    ids = tokenized["input_ids"]
+        ids = tokenize(processing_class, prompt + message["content"])["input_ids"]
+    else:
+        try:  # with nothing behind the answer, and no end of turn
+            ids = tokenize(processing_class, [*prompt, message], continue_final_message=True, **template_kwargs)[
+                "input_ids"
+            ]
+        except ValueError:  # the template does not render the answer as it is
+            ids = []
     if ids[: len(prompt_ids)] == prompt_ids:
         ids = ids[len(prompt_ids) :]
-    else:  # their tokens run into each other, or the template renders a prompt otherwise when an answer follows
+    else:  # the answer's own tokens
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        if isinstance(prompt, list):
+            tail = tokenizer.decode(prompt_ids[common_prefix_length(prompt_ids, ids) :])
+            logger.warning_once(
+                "The chat template does not continue a prompt by the answer that stands in a reference completion. "
+                f"Rollouts restart from the answer's text right behind the prompt, which ends with {tail[-80:]!r}. If "
+                "that opens a block of thoughts, let the references begin with them."
+            )
+        # Behind a line break: tokenizers may put a space before the first word of a text
+        first, ids = (
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\n", f"\n{message['content']}")
+        )
+        if ids[: len(first)] == first:
+            ids = ids[len(first) :]
+        else:
+            ids = tokenizer(message["content"], add_special_tokens=False)["input_ids"]
     end = next((i for i, token in enumerate(ids) if token in eos_token_ids), None)
     return list(ids[:end])

@@ -36,6 +36,7 @@ from .base_config import _ActorCriticConfig
 
 logger = get_logger(__name__)
 
+ROLLOUTS_FORMAT = 2  # 1 had no `value_mask`
 VALUE_HEAD_FILE = "value_head.safetensors"
 # Arguments of reward functions that are no columns
 PASSED_BY_TRL = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
@@ -95,7 +96,7 @@ class _ActorCriticTrainer(GRPOTrainer):
             )
         _check_datasets(train_dataset, eval_dataset, args)
         if isinstance(train_dataset, Dataset | IterableDataset):
-            self._find_columns(get_dataset_column_names(train_dataset), args)
+            self._read_columns(train_dataset, args)
         _check_reward_funcs(reward_funcs, args)
         if isinstance(model, nn.Module):
             base_model = model.get_base_model() if is_peft_model(model) else model
@@ -146,8 +147,8 @@ class _ActorCriticTrainer(GRPOTrainer):
             self.value_head = add_value_head(self._base_model)
         self._passes: list[Tensor] = []  # values of the latest forwards
 
-    def _find_columns(self, columns: list[str], args: Any) -> None:
-        """What a subclass takes from the train dataset beside `prompt`. Called before models are loaded."""
+    def _read_columns(self, dataset: Dataset | IterableDataset, args: Any) -> None:
+        """Check what a subclass takes from the train dataset beside `prompt`, before models are loaded."""
 
     @property
     def _base_model(self) -> PreTrainedModel:
@@ -236,7 +237,7 @@ class _ActorCriticTrainer(GRPOTrainer):
         log_ratio = None
         if "ref_per_token_logps" in batch:
             log_ratio = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]).masked_fill(value_mask == 0, 0.0)
-            self._log_means(mask.any(dim=1), **{"kl/completion": (log_ratio * mask).sum(dim=1)})
+            self._log_means({"kl/completion": ((log_ratio * mask).sum(dim=1), mask.any(dim=1))})
         num_generations = self.num_generations if is_train else self.num_generations_eval
         if old_values is None:
             batch["advantages"] = self._leave_one_out(rewards, log_ratio, num_generations).unsqueeze(1) * mask
@@ -347,11 +348,10 @@ class _ActorCriticTrainer(GRPOTrainer):
         policy_losses = self._policy_loss(logps, inputs, mask).masked_fill(mask == 0, 0.0)
         if "importance_sampling_ratio" in inputs:  # of the policy to vLLM's version of it
             policy_losses = policy_losses * inputs["importance_sampling_ratio"]
-        metrics = {"policy_loss": policy_losses, "entropy": entropies}
+        metrics = {"policy_loss": (policy_losses, mask), "entropy": (entropies, mask)}
         if "ref_per_token_logps" in inputs:
             log_ratio = inputs["ref_per_token_logps"] - logps.detach()
-            metrics["kl"] = log_ratio.exp() - log_ratio - 1  # as GRPO estimates it
-        self._log_means(mask, **metrics)
+            metrics["kl"] = (log_ratio.exp() - log_ratio - 1, mask)  # as GRPO estimates it
 
         # As GRPO's default does: over all completion tokens of the optimizer step. `num_items_in_batch` spans the
         # generation batch, and DDP averages over processes
@@ -371,7 +371,8 @@ class _ActorCriticTrainer(GRPOTrainer):
             )
             num_value_items = inputs["num_value_items_in_batch"].clamp(min=1)
             loss = loss + self.args.vf_coef * scale * value_losses.sum() / num_value_items
-            self._log_means(value_mask, value_loss=value_losses)
+            metrics["value_loss"] = (value_losses, value_mask)
+        self._log_means(metrics)
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss / num_accumulated
             self._log("aux_loss", self.accelerator.gather(aux_loss).mean())
@@ -380,12 +381,14 @@ class _ActorCriticTrainer(GRPOTrainer):
     def _log(self, name: str, value: Tensor) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value.item())
 
-    def _log_means(self, mask: Tensor, **metrics: Tensor) -> None:
-        """Log means over the positions of `mask`, across processes."""
-        mask = mask.bool()
-        sums = [x.detach().masked_fill(~mask, 0.0).sum(dtype=torch.float32) for x in metrics.values()]
-        *sums, count = self.accelerator.reduce(torch.stack([*sums, mask.sum().float()]), reduction="sum")
-        for name, total in zip(metrics, sums, strict=True):
+    def _log_means(self, metrics: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Log means of values over the positions of their masks, across processes."""
+        local = [
+            (x.detach().masked_fill(~mask.bool(), 0.0).sum(dtype=torch.float32), mask.sum().float())
+            for x, mask in metrics.values()
+        ]
+        sums = self.accelerator.reduce(torch.stack([torch.stack(pair) for pair in local]), reduction="sum")
+        for name, (total, count) in zip(metrics, sums, strict=True):
             self._log(name, total / count)  # NaN, which TRL leaves out, where nothing is scored
 
     # ---- Optimizer and checkpoints ----
@@ -427,6 +430,7 @@ class _ActorCriticTrainer(GRPOTrainer):
         """What a run must have in common with another one to go on with its rollouts."""
         args = self.args
         return [
+            ROLLOUTS_FORMAT,
             self.accelerator.num_processes,
             args.per_device_train_batch_size,
             args.gradient_accumulation_steps,
@@ -456,7 +460,7 @@ class _ActorCriticTrainer(GRPOTrainer):
                 self._step = rollouts["step"]
                 self._buffered_inputs = send_to_device(rollouts["batches"], self.accelerator.device)
             else:
-                logger.warning("The checkpoint's rollouts are of a run with other batch sizes: they are made anew.")
+                logger.warning("The checkpoint's rollouts are of a run with other batches: they are made anew.")
 
     def _load_best_model(self) -> None:
         with self._without_value_head():
