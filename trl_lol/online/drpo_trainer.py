@@ -85,7 +85,7 @@ peft_config:
         self._reference_column: str | None = None
         super().__init__(*args, **kwargs)
         self._rows: list[dict[str, Any]] = []  # of the generation batch
-        self._roll_ins: list[list[int] | None] = []  # tokens to restart from; none of a completion that is not reset
+        self._roll_ins: list[list[int] | None] = []  # of each completion, None where it is not reset
         self._generation = (-1, 0)  # optimizer step, and the number of generation batches within it
 
     def _read_columns(self, dataset: Dataset | IterableDataset, args: DRPOConfig) -> None:
