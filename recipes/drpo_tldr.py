@@ -6,7 +6,7 @@
 DR-PO, which restarts from prefixes of reference completions, beside its reference policy, SFT on the same completions
 and PPO.
 
-Offline, as it is: a small language world made in code, whose chosen answers are the references, about 5 minutes on 2
+Offline, as it is: a small language world made in code, whose chosen answers are the references, about 6 minutes on 2
 CPU cores. Everything lands in runs/drpo_tldr.
 
     accelerate launch recipes/drpo_tldr.py
