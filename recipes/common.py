@@ -119,7 +119,7 @@ class OnlineArguments(BaseArguments):
             Number of tokens of a prompt at most. Longer ones, which the trainers would not cut, are left out.
         compare (`list[str]`, *optional*, defaults to `["sft", "rloo"]`):
             Methods to train with the same number of completions, for comparison: `"sft"` on the chosen ones, `"rloo"`,
-            TRL's, and, where there are resets, `"ppo"`, the same without.
+            TRL's, and, where there are resets, `"ppo"`, the same without; or `"none"`.
         reference_sft_batch_size (`int`, *optional*, defaults to `16`):
             Number of completions per step of supervised fine-tuning, on each process.
         sft_learning_rate (`float`, *optional*):
@@ -156,6 +156,8 @@ def parse(recipe_class: type, config_class: type, toy_config: Path) -> tuple[Any
     recipe, args, model_args = TrlParser((recipe_class, config_class, ModelConfig)).parse_args_and_config(argv)
     if recipe.dataset_name is None and model_args.model_name_or_path is not None:
         raise ValueError("The embedded world has a model of its own. Give `--dataset_name`, or no model.")
+    if str(args.resume_from_checkpoint).lower() == "true":  # from the last one in the output directory
+        args.resume_from_checkpoint = True
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     return recipe, args, model_args
 
@@ -610,6 +612,8 @@ def run_online(
         raise ValueError("The answers need a reward. Give `--reward_model`, a sequence-classification model.")
     if recipe.dataset_name is None and (recipe.reward_model or recipe.judge_model):
         raise ValueError("The embedded world has rewards of its own. Give `--dataset_name`, or no reward model.")
+    if unknown := set(recipe.compare) - {"sft", "rloo", "ppo", "none"}:
+        raise ValueError(f"`--compare {unknown.pop()}` is unknown. Give some of 'sft', 'rloo' and 'ppo', or 'none'.")
     if "ppo" in recipe.compare and not resets:
         raise ValueError("`--compare ppo` is the same run without resets, and this one has none. Leave it out.")
     is_main = PartialState().is_main_process

@@ -17,7 +17,8 @@ reward model; the judge is another one, which nothing is trained on. The referen
 
     accelerate launch recipes/drpo_tldr.py --config recipes/configs/drpo_tldr_lora.yaml
     accelerate launch recipes/drpo_tldr.py --config recipes/configs/drpo_tldr_lora.yaml \\
-        --dataset_name path/to/data --model_name_or_path path/to/model --reward_model path/to/reward/model
+        --dataset_name path/to/data --model_name_or_path path/to/model --reward_model path/to/reward/model \\
+        --judge_model path/to/another/reward/model
 """
 
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class RecipeArguments(OnlineArguments):
     Args:
         compare (`list[str]`, *optional*, defaults to `["sft", "ppo"]`):
             Methods to train with the same number of completions, for comparison: `"sft"` on the references, `"ppo"`,
-            which is the same without resets, and `"rloo"`, TRL's.
+            which is the same without resets, and `"rloo"`, TRL's; or `"none"`.
     """
 
     compare: list[str] = field(

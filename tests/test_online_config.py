@@ -297,13 +297,19 @@ def test_references_that_will_not_do(build: Callable[..., Any], prompts: Dataset
     conversation = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]
     for reference in (conversation, ["a text", "another"], 7):
         rows = Dataset.from_dict({"prompt": prompts["prompt"][:], "chosen": [reference] * 16})
-        with pytest.raises(ValueError, match=r"The reference completion .* a text, or messages of which the first is"):
+        with pytest.raises(ValueError, match=r"The reference completion .* a text, messages of which the first is"):
             build(DRPOConfig, constant, rows)
     texts = Dataset.from_dict({"prompt": ["How?"] * 16, "reference": [conversation[1:]] * 16})
     with pytest.raises(ValueError, match=r"The reference completion .* must be a text, as the prompt is"):
         build(DRPOConfig, constant, texts)
     with pytest.raises(ValueError, match=r"The reference completion .* It repeats the prompt"):
         build(DRPOConfig, constant, Dataset.from_dict({"prompt": ["How?"] * 16, "reference": ["How? So."] * 16}))
+    # Wherever it stands, and not only when its turn comes
+    late = Dataset.from_dict({"prompt": ["How?"] * 16, "reference": [" So."] * 15 + ["How? So."]})
+    with pytest.raises(ValueError, match="It repeats the prompt"):
+        build(DRPOConfig, constant, late)
+    with pytest.raises(ValueError, match="None of the 16 rows has a reference in the column 'reference'"):
+        build(DRPOConfig, constant, Dataset.from_dict({"prompt": ["How?"] * 16, "reference": [None, ""] * 8}))
     # Unpaired preferences have bad completions among them
     labelled = Dataset.from_dict({"prompt": ["How?"] * 16, "completion": [" So."] * 16, "label": [True, False] * 8})
     with pytest.raises(ValueError, match=r"a column 'label', .* `reference_column='completion'`"):

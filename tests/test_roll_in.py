@@ -74,6 +74,14 @@ def test_a_template_that_does_not_render_the_answer_as_it_is(characters, caplog)
     assert "the prompt, which ends with" in caplog.text
 
 
+def test_tokens_that_run_into_each_other_are_no_fault_of_the_template(characters, caplog):
+    """ "l" and "uck" are the tokens "lu", "c", "k" when they stand together."""
+    characters.chat_template = THINKING.replace("<think>", "l").replace("<assistant>{% e", "<assistant>l{% e")
+    characters.chat_template = characters.chat_template.replace("{{ m.reasoning_content or '' }}</think>", "")
+    assert roll_in(characters, CHAT, "uck") == "<user>Hello!</s><assistant>luck"
+    assert "chat template" not in caplog.text
+
+
 def test_nothing_behind_the_first_eos(characters):
     characters.chat_template = THINKING
     for prompt, begin in ((CHAT, "<user>Hello!</s><assistant><think></think>"), ("The sky is", "The sky is")):

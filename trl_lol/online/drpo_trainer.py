@@ -1,4 +1,5 @@
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 from .._trl import get_dataset_column_names
 from .drpo_config import DRPOConfig
 from .ppo_trainer import PPOTrainer
-from .roll_in import find_reference_column, reference_message, tokenize_reference
+from .roll_in import check_references, find_reference_column, tokenize_reference
 
 
 class DRPOTrainer(PPOTrainer):
@@ -81,19 +82,16 @@ peft_config:
             }"""),  # noqa: E501
     }
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._reference_column: str | None = None
-        super().__init__(*args, **kwargs)
-        self._rows: list[dict[str, Any]] = []  # of the generation batch
-        self._roll_ins: list[list[int] | None] = []  # of each completion, None where it is not reset
-        self._generation = (-1, 0)  # optimizer step, and the number of generation batches within it
+    _reference_column: str | None = None
+    _rows: Sequence[dict[str, Any]] = ()  # of the generation batch
+    _roll_ins: Sequence[list[int] | None] = ()  # of each completion, None where it is not reset
+    _generation = (-1, 0)  # optimizer step, and the number of generation batches within it
 
     def _read_columns(self, dataset: Dataset | IterableDataset, args: DRPOConfig) -> None:
         if args.reset_prob > 0:
             columns = get_dataset_column_names(dataset)
             self._reference_column = find_reference_column(columns, args.reference_column)
-            if row := next(iter(dataset), None):
-                reference_message(row["prompt"], row[self._reference_column])  # is one, or an error
+            check_references(dataset, self._reference_column)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

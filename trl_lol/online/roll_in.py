@@ -1,7 +1,10 @@
 """The reference completions that rollouts restart from."""
 
+from itertools import islice
 from typing import Any
 
+from accelerate.utils import tqdm
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 from trl import is_conversational
@@ -38,12 +41,49 @@ def find_reference_column(columns: list[str], reference_column: str | None) -> s
                 "The train dataset has a column 'label', by which some of its completions are bad ones. Keep the good "
                 f"ones, and name their column with `reference_column={found[0]!r}`."
             )
+        if len(found) > 1:
+            others = " or ".join(map(repr, found[1:]))
+            logger.warning(
+                f"The references are taken from the column {found[0]!r}, and not from {others}. Name the right one "
+                "with `reference_column`."
+            )
         return found[0]
     raise ValueError(
         f"Rollouts restart from reference completions, which are looked for in {' or '.join(map(repr, names))}, and "
         f"the train dataset has the columns {', '.join(map(repr, columns))}. Name the one that holds them with "
         "`reference_column`, or set `reset_prob=0`, which is PPO."
     )
+
+
+def check_references(dataset: Dataset | IterableDataset, column: str) -> None:
+    """
+    Check the references of a dataset, all rows of one that is not streamed: a wrong one would stop a run that has gone
+    on for long.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows with prompts and references.
+        column (`str`):
+            Column with the references.
+
+    Raises:
+        `ValueError`: If a reference is no completion of its prompt, or if there is none at all.
+    """
+    if isinstance(dataset, IterableDataset):
+        for row in islice(dataset, 1):
+            reference_message(row["prompt"], row[column])
+        return
+    rows = dataset.with_format(None).select_columns(["prompt", column])
+    num_missing = sum(
+        reference_message(row["prompt"], row[column]) is None for row in tqdm(rows, desc="Checking references")
+    )
+    if num_missing == len(rows):
+        raise ValueError(
+            f"None of the {len(rows)} rows has a reference in the column {column!r}, so that nothing would be reset. "
+            "Name another column with `reference_column`, or set `reset_prob=0`, which is PPO."
+        )
+    if num_missing:
+        logger.warning(f"{num_missing} of {len(rows)} rows have no reference, and are never reset.")
 
 
 def reference_message(prompt: str | Messages, reference: str | Messages | None) -> dict[str, Any] | None:
@@ -65,17 +105,17 @@ def reference_message(prompt: str | Messages, reference: str | Messages | None) 
     if reference is None or reference in ("", []):
         return None
     found = f"The reference completion of the prompt {str(prompt)[-80:]!r} is {str(reference)[:80]!r}."
-    message, expected = {"role": "assistant", "content": reference}, "a text, as the prompt is"
+    message, expected = {"role": "assistant", "content": reference}, "a text, as the prompt is, or null"
     if isinstance(prompt, list):
         message = reference[0] if is_conversational({"prompt": reference}) else message
-        expected = "a text, or messages of which the first is the assistant's, its content a text"
-    if message["role"] != "assistant" or not isinstance(message.get("content"), str):
-        raise ValueError(
-            f"{found} It must be {expected}; null where there is none. `trl.extract_prompt` takes the prompt out of "
-            "completions that hold the whole conversation."
+        expected = (
+            "a text, messages of which the first is the assistant's, its content a text, or null. "
+            "`trl.extract_prompt` takes the prompt out of whole conversations"
         )
+    if message["role"] != "assistant" or not isinstance(message.get("content"), str):
+        raise ValueError(f"{found} It must be {expected}.")
     if isinstance(prompt, str) and prompt and reference.startswith(prompt):
-        raise ValueError(f"{found} It repeats the prompt: it must be what follows it.")
+        raise ValueError(f"{found} It repeats the prompt. It must be what follows: cut the prompt off.")
     return message if message["content"] else None
 
 
@@ -126,7 +166,8 @@ def tokenize_reference(
         ids = ids[len(prompt_ids) :]
     else:  # the answer's own tokens
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        if isinstance(prompt, list):
+        # The text may still be the same: two spaces behind a line break can be one token with it
+        if isinstance(prompt, list) and not tokenizer.decode(ids).startswith(tokenizer.decode(prompt_ids)):
             tail = tokenizer.decode(prompt_ids[common_prefix_length(prompt_ids, ids) :])
             logger.warning_once(
                 "The chat template does not continue a prompt by the answer that stands in a reference completion. "

@@ -525,7 +525,8 @@ def _check_datasets(train_dataset: Any, eval_dataset: Any, args: _ActorCriticCon
             f"The train dataset has {len(train_dataset)} prompts, and a generation batch takes {num_prompts}: "
             f"`generation_batch_size={args.generation_batch_size}` completions, `num_generations="
             f"{args.num_generations}` of each. TRL drops what does not fill a batch, so nothing would be trained on. "
-            "Lower `per_device_train_batch_size` or `steps_per_generation`, or pass more prompts."
+            "Lower `per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`, or pass "
+            "more prompts."
         )
 
 
