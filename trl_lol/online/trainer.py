@@ -14,8 +14,8 @@ from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from trl import GRPOTrainer, is_conversational
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from trl import GRPOTrainer
 
 from .._arguments import resolve_args
 from .._cache import write_tensors, written_beside
@@ -24,7 +24,6 @@ from .._reference import copy_adapter_as_reference, copy_as_reference
 from .._trl import (
     add_fused_lm_head,
     disable_gradient_checkpointing,
-    get_dataset_column_names,
     is_async_callable,
 )
 from ..advantages import explained_variance, gae, masked_whiten, sequence_advantages, token_rewards
@@ -32,14 +31,13 @@ from ..losses import value_loss
 from ..rewards.calling import RewardFunc, call, call_async
 from ..value import StateValueHead, add_value_head
 from .base_config import _ActorCriticConfig
+from .checks import check_datasets, check_reward_funcs
 
 
 logger = get_logger(__name__)
 
 ROLLOUTS_FORMAT = 2  # 1 had no `value_mask`
 VALUE_HEAD_FILE = "value_head.safetensors"
-# Arguments of reward functions that are no columns
-PASSED_BY_TRL = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 
 
 class _WithValues:
@@ -94,10 +92,10 @@ class _ActorCriticTrainer(GRPOTrainer):
                 f"{type(self).__name__} does not support `{unsupported[0]}`: tokens that others put into a completion "
                 "would be trained on as if the policy had chosen them. Use GRPOTrainer, or leave it out."
             )
-        _check_datasets(train_dataset, eval_dataset, args)
+        check_datasets(train_dataset, eval_dataset, args)
         if isinstance(train_dataset, Dataset | IterableDataset):
             self._read_columns(train_dataset, args)
-        _check_reward_funcs(reward_funcs, args)
+        check_reward_funcs(reward_funcs, args)
         if isinstance(model, nn.Module):
             base_model = model.get_base_model() if is_peft_model(model) else model
             if isinstance(getattr(base_model, "value_head", None), StateValueHead):
@@ -480,70 +478,3 @@ class _ActorCriticTrainer(GRPOTrainer):
 def _starts_as_identity(peft_config: Any | None) -> bool:
     """Whether a model with a new adapter is the same as without it, which can then be its reference."""
     return getattr(peft_config, "init_lora_weights", True) in (True, "gaussian", "eva")
-
-
-def _check_reward_funcs(reward_funcs: Any, args: _ActorCriticConfig) -> None:
-    """GRPOTrainer would load a language model as a reward model with a random head, and train on what that says."""
-    for func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
-        if not isinstance(func, str) and not callable(func):
-            raise TypeError(
-                f"`reward_funcs` holds {func!r}. Pass a function f(prompts, completions, **columns), a "
-                "sequence-classification model, its name or path, or a list of these."
-            )
-        config = getattr(func, "config", None)
-        if isinstance(func, str):
-            config = AutoConfig.from_pretrained(func, trust_remote_code=args.trust_remote_code)
-        architectures = (
-            [type(func).__name__] if isinstance(func, nn.Module) else getattr(config, "architectures", None)
-        )
-        for name in architectures or []:
-            if name.endswith(("ForCausalLM", "LMHeadModel")):
-                raise ValueError(
-                    f"{func if isinstance(func, str) else 'A model'} in `reward_funcs` is a {name}, a language model. "
-                    "A reward model is a sequence-classification model with one label."
-                )
-
-
-def _check_datasets(train_dataset: Any, eval_dataset: Any, args: _ActorCriticConfig) -> None:
-    if train_dataset is None:
-        raise ValueError("`train_dataset` is required: a dataset with a column `prompt`.")
-    for name, dataset in {
-        "train": train_dataset,
-        **(eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}),
-    }.items():
-        if isinstance(dataset, Dataset | IterableDataset):  # GRPOTrainer's constructor says what it accepts
-            _check_columns(name, get_dataset_column_names(dataset))
-            prompt = next((row["prompt"] for row in dataset), "")
-            if not isinstance(prompt, str) and not is_conversational({"prompt": prompt}):
-                raise ValueError(
-                    f"The first `prompt` of the {name} dataset is {str(prompt)[:80]}. Pass text or a list of "
-                    "messages: the trainer tokenises it."
-                )
-    num_prompts = args.generation_batch_size // args.num_generations
-    if isinstance(train_dataset, Dataset) and len(train_dataset) < num_prompts:
-        raise ValueError(
-            f"The train dataset has {len(train_dataset)} prompts, and a generation batch takes {num_prompts}: "
-            f"`generation_batch_size={args.generation_batch_size}` completions, `num_generations="
-            f"{args.num_generations}` of each. TRL drops what does not fill a batch, so nothing would be trained on. "
-            "Lower `per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`, or pass "
-            "more prompts."
-        )
-
-
-def _check_columns(name: str, columns: list[str]) -> None:
-    if "prompt" not in columns:
-        raise ValueError(
-            f"The {name} dataset has the columns {', '.join(columns)}, and completions are generated for a `prompt`, "
-            "a string or a list of messages. Rename the column that holds it; `trl.extract_prompt` takes it out of "
-            "preferences. Token ids will not do: the trainer tokenises."
-        )
-    if taken := sorted(PASSED_BY_TRL & set(columns)):
-        raise ValueError(
-            f"The {name} dataset has a column `{taken[0]}`. Columns go to the reward functions by name, which get "
-            f"another `{taken[0]}` from the trainer. Rename or remove it."
-        )
-    if images := {"image", "images"} & set(columns):
-        raise ValueError(
-            f"The {name} dataset has a column `{images.pop()}`. Images are not supported yet: remove it, or use "
-            "GRPOTrainer."
-        )

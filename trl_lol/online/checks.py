@@ -1,0 +1,121 @@
+"""What the online trainers say about data and reward functions that will not do, before models are loaded."""
+
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import AutoConfig
+from trl import is_conversational
+
+from .._trl import get_dataset_column_names
+from .base_config import _ActorCriticConfig
+
+
+# Arguments of reward functions that are no columns
+PASSED_BY_TRL = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+
+
+def check_reward_funcs(reward_funcs: Any, args: _ActorCriticConfig) -> None:
+    """
+    Check that what is to score is a function or a reward model: GRPOTrainer would load a language model as a reward
+    model with a random head, and train on what that says.
+
+    Args:
+        reward_funcs (`Any`):
+            What the user has passed.
+        args ([`GRPOConfig`]):
+            Config of the trainer.
+
+    Raises:
+        `TypeError`: If it is neither.
+        `ValueError`: If it is a language model.
+    """
+    for func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        if not isinstance(func, str) and not callable(func):
+            raise TypeError(
+                f"`reward_funcs` holds {func!r}. Pass a function f(prompts, completions, **columns), a "
+                "sequence-classification model, its name or path, or a list of these."
+            )
+        config = getattr(func, "config", None)
+        if isinstance(func, str):
+            config = AutoConfig.from_pretrained(func, trust_remote_code=args.trust_remote_code)
+        architectures = (
+            [type(func).__name__] if isinstance(func, nn.Module) else getattr(config, "architectures", None)
+        )
+        for name in architectures or []:
+            if name.endswith(("ForCausalLM", "LMHeadModel")):
+                raise ValueError(
+                    f"{func if isinstance(func, str) else 'A model'} in `reward_funcs` is a {name}, a language model. "
+                    "A reward model is a sequence-classification model with one label."
+                )
+
+
+def check_datasets(train_dataset: Any, eval_dataset: Any, args: _ActorCriticConfig) -> None:
+    """
+    Check that there are prompts, and as many as a generation batch takes.
+
+    Args:
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Dataset to train on.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], `dict` of them or `None`):
+            Dataset to evaluate on.
+        args ([`GRPOConfig`]):
+            Config of the trainer.
+
+    Raises:
+        `ValueError`: If there is no such dataset or no such column, or if there are too few prompts.
+    """
+    if train_dataset is None:
+        raise ValueError("`train_dataset` is required: a dataset with a column `prompt`.")
+    for name, dataset in {
+        "train": train_dataset,
+        **(eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}),
+    }.items():
+        if isinstance(dataset, Dataset | IterableDataset):  # GRPOTrainer's constructor says what it accepts
+            check_columns(name, get_dataset_column_names(dataset))
+            prompt = next((row["prompt"] for row in dataset), "")
+            if not isinstance(prompt, str) and not is_conversational({"prompt": prompt}):
+                raise ValueError(
+                    f"The first `prompt` of the {name} dataset is {str(prompt)[:80]}. Pass text or a list of "
+                    "messages: the trainer tokenises it."
+                )
+    num_prompts = args.generation_batch_size // args.num_generations
+    if isinstance(train_dataset, Dataset) and len(train_dataset) < num_prompts:
+        raise ValueError(
+            f"The train dataset has {len(train_dataset)} prompts, and a generation batch takes {num_prompts}: "
+            f"`generation_batch_size={args.generation_batch_size}` completions, `num_generations="
+            f"{args.num_generations}` of each. TRL drops what does not fill a batch, so nothing would be trained on. "
+            "Lower `per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`, or pass "
+            "more prompts."
+        )
+
+
+def check_columns(name: str, columns: list[str]) -> None:
+    """
+    Check the columns of a dataset.
+
+    Args:
+        name (`str`):
+            What the error calls the dataset.
+        columns (`list[str]`):
+            Its columns.
+
+    Raises:
+        `ValueError`: If there is no prompt, or a column that trainer or TRL have another use for.
+    """
+    if "prompt" not in columns:
+        raise ValueError(
+            f"The {name} dataset has the columns {', '.join(columns)}, and completions are generated for a `prompt`, "
+            "a string or a list of messages. Rename the column that holds it; `trl.extract_prompt` takes it out of "
+            "preferences. Token ids will not do: the trainer tokenises."
+        )
+    if taken := sorted(PASSED_BY_TRL & set(columns)):
+        raise ValueError(
+            f"The {name} dataset has a column `{taken[0]}`. Columns go to the reward functions by name, which get "
+            f"another `{taken[0]}` from the trainer. Rename or remove it."
+        )
+    if images := {"image", "images"} & set(columns):
+        raise ValueError(
+            f"The {name} dataset has a column `{images.pop()}`. Images are not supported yet: remove it, or use "
+            "GRPOTrainer."
+        )
