@@ -30,6 +30,7 @@ from trl_lol.rewards.hashing import hash_reward_funcs
 
 # Completions of each call of `length`. Global, so that they are no part of the function's hash
 CALLS: list[list[str]] = []
+FAILS_AFTER: list[int] = []  # calls of `fragile`
 
 WORDS = ["a", "b", "c", "good", "bad", "user", "assistant"]
 CHAT_TEMPLATE = (
@@ -504,14 +505,41 @@ def test_functions_that_cannot_be_hashed_are_not_cached(tmp_path, caplog):
     assert caplog.text.count("cannot be hashed") == 2  # once per call
 
 
-def test_an_error_leaves_nothing_in_the_cache(tmp_path):
-    def fails_on_the_second_row(prompts, completions, **kwargs):
-        return [1.0 if prompt == "p" else math.nan for prompt in prompts]
+def fragile(prompts, completions, **kwargs):
+    if CALLS and len(CALLS) in FAILS_AFTER:
+        FAILS_AFTER.remove(len(CALLS))
+        raise KeyboardInterrupt if len(CALLS) % 2 else ValueError("no answer")
+    CALLS.append(list(prompts))
+    return [float(ord(prompt)) if prompt != "e" else None for prompt in prompts]
 
-    dataset = Dataset.from_list([{"prompt": prompt, "completion": "a"} for prompt in "pq"])
-    with pytest.raises(ValueError, match="nan at index 0"):
-        score_dataset(dataset, fails_on_the_second_row, batch_size=1, cache_dir=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+
+@pytest.mark.parametrize("fails_after", [(1,), (3,), (1, 2, 5)])
+def test_scoring_goes_on_where_it_stopped(tmp_path, fails_after):
+    """Every row is scored once. What was done is kept without the last line's end, and forgotten when all is done."""
+    FAILS_AFTER[:] = fails_after
+    rows = [{"prompt": p, "completion": "a"} for p in "abcdefghijkl"]
+    dataset = Dataset.from_list(rows)
+    for _ in fails_after:
+        with pytest.raises((RuntimeError, KeyboardInterrupt)):
+            score_dataset(dataset, fragile, batch_size=2, cache_dir=tmp_path)
+        (unfinished,) = tmp_path.iterdir()
+        with open(unfinished / "0.jsonl", "a") as file:
+            file.write('{"0": [1')  # as a process leaves it that is killed while it writes
+    scored = score_dataset(dataset, fragile, batch_size=2, cache_dir=tmp_path)
+    assert scored["reward"][:] == [float(ord(p)) if p != "e" else None for p in "abcdefghijkl"]
+    assert sorted(p for call in CALLS for p in call) == list("abcdefghijkl")
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_batches_of_other_rows_are_not_taken(tmp_path):
+    """What was done belongs to its rows and functions."""
+    rows = [{"prompt": p, "completion": "a"} for p in "abcd"]
+    FAILS_AFTER[:] = [1]
+    with pytest.raises((RuntimeError, KeyboardInterrupt)):
+        score_dataset(Dataset.from_list(rows), fragile, batch_size=2, cache_dir=tmp_path)
+    CALLS.clear()
+    score_dataset(Dataset.from_list(rows[::-1]), fragile, batch_size=2, cache_dir=tmp_path)
+    assert sorted(p for call in CALLS for p in call) == list("abcd")
 
 
 def test_a_crash_while_writing_leaves_nothing_to_be_read(tmp_path, monkeypatch):
@@ -523,10 +551,10 @@ def test_a_crash_while_writing_leaves_nothing_to_be_read(tmp_path, monkeypatch):
         patch.setattr(os, "replace", crash)
         with pytest.raises(OSError, match="disk gone"):
             score_dataset(group_dataset(), length, cache_dir=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("*.safetensors")) == []
     for _ in range(2):
         assert score_dataset(group_dataset(), length, cache_dir=tmp_path)["rewards"][:] == [[1.0, 3.0], []]
-    assert len(CALLS) == 2  # the crashed run and the next; the third reads
+    assert len(CALLS) == 1  # by the crashed run; the next finds what it had scored, the third reads
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -542,7 +570,7 @@ def test_a_killed_write_is_not_read(tmp_path, monkeypatch):
         patch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
         with pytest.raises(KeyboardInterrupt):
             score_dataset(group_dataset(), length, cache_dir=tmp_path)
-    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"half"]
+    assert [file.read_bytes() for file in tmp_path.iterdir() if file.is_file()] == [b"half"]
     assert score_dataset(group_dataset(), length, cache_dir=tmp_path)["rewards"][:] == [[1.0, 3.0], []]
 
 

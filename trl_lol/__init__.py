@@ -16,24 +16,31 @@ _MODULES = {
     "APAConfig": ".online.apa_config",
     "APATrainer": ".online.apa_trainer",
     "AdvantageReport": ".report",
+    "ClassifierReward": ".rewards",
     "CoPGConfig": ".offline.copg_config",
     "CoPGTrainer": ".offline.copg_trainer",
     "ColumnReward": ".rewards",
     "DRPOConfig": ".online.drpo_config",
     "DRPOTrainer": ".online.drpo_trainer",
     "GenerationEvalCallback": ".evaluation",
+    "MetricReward": ".rewards",
     "PPOConfig": ".online.ppo_config",
     "PPOTrainer": ".online.ppo_trainer",
+    "RewardModel": ".rewards",
+    "clip": ".rewards",
+    "estimate_advantages": ".estimation",
     "sample_completions": ".generation",
     "score_dataset": ".rewards",
     "sequence_advantages": ".advantages",
     "sigmoid": ".rewards",
+    "standardize": ".rewards",
     "weighted_sum": ".rewards",
 }
 __all__ = ["__version__", *_MODULES]
 
 if TYPE_CHECKING:
     from .advantages import sequence_advantages
+    from .estimation import estimate_advantages
     from .evaluation import GenerationEvalCallback
     from .generation import sample_completions
     from .offline.alol_config import ALoLConfig
@@ -47,7 +54,17 @@ if TYPE_CHECKING:
     from .online.ppo_config import PPOConfig
     from .online.ppo_trainer import PPOTrainer
     from .report import AdvantageReport
-    from .rewards import ColumnReward, score_dataset, sigmoid, weighted_sum
+    from .rewards import (
+        ClassifierReward,
+        ColumnReward,
+        MetricReward,
+        RewardModel,
+        clip,
+        score_dataset,
+        sigmoid,
+        standardize,
+        weighted_sum,
+    )
 
 
 def __getattr__(name: str) -> Any:

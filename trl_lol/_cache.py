@@ -14,7 +14,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ._trl import hash_module
 
@@ -61,6 +61,22 @@ def model_key(model: PreTrainedModel) -> tuple:
     return hash_module(model), settings
 
 
+def tokenizer_key(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> tuple:
+    """
+    What decides the tokens. The tokenizer object itself would not do: it changes when it is used.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer or processor.
+
+    Returns:
+        `tuple`: The vocabulary, the special tokens and the chat template.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return sorted(tokenizer.get_vocab().items()), special, processing_class.chat_template
+
+
 def cached(
     cache_dir: str | Path | None, name: str, key: Any, compute: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
@@ -105,6 +121,12 @@ def cached(
     if state.num_processes > 1:
         broadcast_object_list(result)
     return result[0]
+
+
+def cache_digest(key: Any) -> str:
+    """Hash a key, as process 0 does it."""
+    digest = [Hasher.hash(key)]
+    return broadcast_object_list(digest)[0] if PartialState().num_processes > 1 else digest[0]
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

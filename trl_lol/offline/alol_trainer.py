@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..advantages import priority_weights, sequence_advantages
 from ..data import flatten_groups
+from ..estimation import group_by_prompt_ids, mean_rewards
 from ..losses import alol_loss, importance_ratio
 from ..report import AdvantageReport
 from ..value import ValueEstimator
@@ -154,7 +155,7 @@ class ALoLTrainer(_OfflineRewardTrainer):
     ) -> Dataset | IterableDataset:
         if isinstance(dataset, IterableDataset):
             return self._stream_advantages(dataset, is_train)
-        prompts, group_ids, rewards = _by_prompt(dataset["prompt_ids"], dataset["rewards"])
+        prompts, group_ids, rewards = group_by_prompt_ids(dataset["prompt_ids"], dataset["rewards"])
         values = None
         if self._uses_values:
             if is_train:
@@ -186,7 +187,8 @@ class ALoLTrainer(_OfflineRewardTrainer):
             )
         if is_train:  # the head of the stream stands for the whole of it
             rows = list(islice(dataset, args.value_max_prompts))
-            prompts, group_ids, rewards = _by_prompt(*([row[k] for row in rows] for k in ("prompt_ids", "rewards")))
+            columns = ([row[name] for row in rows] for name in ("prompt_ids", "rewards"))
+            prompts, group_ids, rewards = group_by_prompt_ids(*columns)
             values = self._fit_values(prompts, group_ids, rewards)[group_ids] if self._uses_values else None
             row_ids = torch.tensor([i for i, row in enumerate(rows) for _ in row["rewards"]])
             self._report(rewards, self._advantages(rewards, row_ids, values), Dataset.from_list(rows))
@@ -213,8 +215,7 @@ class ALoLTrainer(_OfflineRewardTrainer):
                 f"All {len(rewards)} rewards are {rewards[0]:.4g}: no completion is better than the policy's value of "
                 'its prompt. Check the rewards, or set `baseline="none"` to train on every completion alike.'
             )
-        counts = torch.zeros(len(prompts)).index_add(0, group_ids, torch.ones(len(rewards)))
-        means = torch.zeros(len(prompts)).index_add(0, group_ids, rewards.float()) / counts
+        means, counts = mean_rewards(rewards, group_ids, len(prompts))
         if (value_range := self.args.value_range) and not (
             value_range[0] <= means.min() <= means.max() <= value_range[1]
         ):
@@ -254,22 +255,6 @@ class ALoLTrainer(_OfflineRewardTrainer):
                 f"{num_low} kept completions have an advantage below `beta={args.beta}`. 'alol_kl' pushes their "
                 "probability down without bound. Lower `beta`, or watch `logratio/mean`."
             )
-
-
-def _by_prompt(
-    prompt_ids: Iterable[list[int]], rewards: Iterable[list[float]]
-) -> tuple[list[list[int]], Tensor, Tensor]:
-    """
-    Put the completions of all rows with the same prompt into one group, whichever format the rows came in.
-
-    Returns the distinct prompts, and for every completion the position of its prompt and its reward.
-    """
-    positions: dict[tuple[int, ...], int] = {}
-    group_ids, flat = [], []
-    for ids, row in zip(prompt_ids, rewards, strict=True):
-        group_ids += [positions.setdefault(tuple(ids), len(positions))] * len(row)
-        flat += row
-    return [list(ids) for ids in positions], torch.tensor(group_ids), torch.tensor(flat, dtype=torch.float64)
 
 
 def _split_by_row(x: Tensor, rows: Iterable[list]) -> list[list[float]]:

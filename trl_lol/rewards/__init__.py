@@ -1,8 +1,22 @@
 """Reward functions in TRL's form: adapters, composition, and scoring a dataset with them."""
 
 from .calling import RewardFunc, call_reward_funcs
-from .functions import ColumnReward, sigmoid, weighted_sum
+from .functions import ColumnReward, clip, sigmoid, standardize, weighted_sum
+from .metrics import MetricReward
+from .models import ClassifierReward, RewardModel
 from .scoring import score_dataset
 
 
-__all__ = ["ColumnReward", "RewardFunc", "call_reward_funcs", "score_dataset", "sigmoid", "weighted_sum"]
+__all__ = [
+    "ClassifierReward",
+    "ColumnReward",
+    "MetricReward",
+    "RewardFunc",
+    "RewardModel",
+    "call_reward_funcs",
+    "clip",
+    "score_dataset",
+    "sigmoid",
+    "standardize",
+    "weighted_sum",
+]

@@ -1,14 +1,21 @@
 """Reward functions, and functions that make one out of others. They also work in TRL's own trainers."""
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from datasets import Dataset
 
+from .._cache import written_beside
 from .._trl import get_callable_name, is_async_callable
 from .calling import RewardFunc, Rewards, call, call_async, check_reward_funcs, weighted_nansum
+from .scoring import completion_rewards, score_dataset
 
 
 class ColumnReward:
@@ -128,3 +135,100 @@ def sigmoid(reward_func: RewardFunc) -> RewardFunc:
 def _sigmoid(rewards_per_func: list[Rewards]) -> Rewards:
     (rewards,) = rewards_per_func
     return [None if r is None else torch.tensor(r, dtype=torch.float64).sigmoid().item() for r in rewards]
+
+
+def clip(reward_func: RewardFunc, low: float | None = None, high: float | None = None) -> RewardFunc:
+    """
+    Keep the rewards of a function within bounds.
+
+    Args:
+        reward_func (`Callable`):
+            Reward function, sync or async.
+        low (`float`, *optional*):
+            Lowest reward. No bound if `None`.
+        high (`float`, *optional*):
+            Highest reward. No bound if `None`.
+
+    Returns:
+        `Callable`: A reward function; async if `reward_func` is.
+
+    Raises:
+        `TypeError`: If something other than a reward function is given.
+        `ValueError`: If `low` is above `high`.
+    """
+    low, high = -torch.inf if low is None else low, torch.inf if high is None else high
+    if not low <= high:
+        raise ValueError(f"`low={low}` is above `high={high}`.")
+    funcs, _ = check_reward_funcs([reward_func], None)
+    return _combined(funcs, partial(_clip, low=low, high=high), "clip")
+
+
+def _clip(rewards_per_func: list[Rewards], low: float, high: float) -> Rewards:
+    (rewards,) = rewards_per_func
+    return [None if r is None else min(max(r, low), high) for r in rewards]
+
+
+def standardize(
+    reward_func: RewardFunc,
+    dataset: Dataset | None = None,
+    *,
+    mean: float | None = None,
+    std: float | None = None,
+    path: str | Path | None = None,
+) -> RewardFunc:
+    """
+    Shift and scale the rewards of a function to zero mean and unit variance on a dataset.
+
+    Mean and standard deviation are taken once, from the dataset, and stay what they are: a batch never has its own.
+
+    Args:
+        reward_func (`Callable`):
+            Reward function, sync or async.
+        dataset ([`~datasets.Dataset`], *optional*):
+            Rows of any accepted format, whose completions are scored for it.
+        mean (`float`, *optional*):
+            Mean, where it is known already.
+        std (`float`, *optional*):
+            Standard deviation, likewise.
+        path (`str` or `Path`, *optional*):
+            JSON file of the run to keep both in. If it is there, it is read, and nothing is scored.
+
+    Returns:
+        `Callable`: A reward function; async if `reward_func` is.
+
+    Raises:
+        `TypeError`: If something other than a reward function is given.
+        `ValueError`: If there is neither a dataset, nor mean and standard deviation, nor a file, or if the rewards do
+            not differ.
+
+    Example:
+
+    ```python
+    >>> reward_model = RewardModel("Skywork/Skywork-Reward-V2-Qwen3-0.6B")
+    >>> reward = standardize(reward_model, dataset, path="out/reward_scale.json")
+    ```
+    """
+    funcs, _ = check_reward_funcs([reward_func], None)
+    path = None if path is None else Path(path)
+    if path is not None and path.exists():
+        scale = json.loads(path.read_text())
+        mean, std = scale["mean"], scale["std"]
+    elif dataset is not None:
+        rewards = [r for row in completion_rewards(score_dataset(dataset, reward_func)) for r in row if r is not None]
+        if not rewards:
+            raise ValueError("No completion of the dataset is scored, so that there is no mean.")
+        mean, std = fmean(rewards), pstdev(rewards)
+    if mean is None or std is None:
+        raise ValueError("`standardize` needs a dataset, or `mean` and `std`, or a `path` that it was saved to.")
+    if not std > 0:
+        raise ValueError(f"`std={std}`: rewards that do not differ cannot be standardised.")
+    if path is not None and not path.exists() and PartialState().is_main_process:
+        with written_beside(path) as beside:
+            beside.write_text(json.dumps({"mean": mean, "std": std}) + "\n")
+    PartialState().wait_for_everyone()
+    return _combined(funcs, partial(_standardize, mean=mean, std=std), "standardize")
+
+
+def _standardize(rewards_per_func: list[Rewards], mean: float, std: float) -> Rewards:
+    (rewards,) = rewards_per_func
+    return [None if r is None else (r - mean) / std for r in rewards]

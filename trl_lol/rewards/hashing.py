@@ -30,10 +30,21 @@ def hash_reward_funcs(reward_funcs: Any) -> str | None:
     digest = [None]
     if PartialState().is_main_process:
         try:
-            digest = [Hasher.hash((reward_funcs, list(_module_sources(reward_funcs))))]
+            digest = [Hasher.hash((_keys(reward_funcs), list(_module_sources(reward_funcs))))]
         except Exception as error:  # whatever pickling an arbitrary object raises
             logger.info(f"Rewards are not cached, because a reward function cannot be hashed: {error}")
     return broadcast_object_list(digest)[0]
+
+
+def _keys(reward_func: Any) -> Any:
+    """What to hash of a function: its `cache_key`, where it has one, in place of all that it holds."""
+    if isinstance(reward_func, list | tuple):
+        return [_keys(func) for func in reward_func]
+    if isinstance(reward_func, partial):
+        return _keys(reward_func.func), reward_func.args, reward_func.keywords
+    if (combined := getattr(reward_func, "reward_funcs", None)) is not None:
+        return _keys(combined), reward_func.combine
+    return getattr(reward_func, "cache_key", reward_func)
 
 
 def _module_sources(reward_func: Any) -> Iterator[str]:

@@ -1,7 +1,10 @@
 """Scoring a dataset with reward functions, before any training."""
 
+import json
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -9,12 +12,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, tqdm
+from accelerate.utils import broadcast_object_list, gather_object, tqdm
 from datasets import Dataset, Features, IterableDataset, List, Value
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .._cache import cached, content_key
+from .._cache import cache_digest, cached, content_key, tokenizer_key
 from .._trl import get_dataset_column_names
 from ..data import Group, as_group, check_columns, tokenize_row
 from .calling import RewardFunc, Rewards, call_reward_funcs, check_reward_funcs
@@ -65,7 +68,8 @@ def score_dataset(
             [`~datasets.IterableDataset`], number of rows.
         cache_dir (`str` or `Path`, *optional*):
             Folder to keep the rewards in. They are found again as long as the rows, the functions, the modules that
-            define the functions, and the weights are the same. If `None`, nothing is kept.
+            define the functions, and the weights are the same; and if scoring is interrupted, the batches that were
+            done. If `None`, nothing is kept.
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The same rows with the column `reward`, `rewards` (one
@@ -75,7 +79,7 @@ def score_dataset(
         `ValueError`: If the dataset has none of the accepted row formats, or a function returns a wrong number of
             rewards, NaN or infinity.
         `TypeError`: If something other than a reward function is given.
-        `RuntimeError`: If a reward function raises. Nothing is written to the cache then.
+        `RuntimeError`: If a reward function raises.
     """
     columns = get_dataset_column_names(dataset)
     check_columns(columns)
@@ -103,34 +107,117 @@ def score_dataset(
             content_key(rows, columns),
             hash_reward_funcs(reward_funcs),
             reward_weights,
-            _identity(processing_class),
+            None if processing_class is None else tokenizer_key(processing_class),
         )
         cache_dir = None if key[1] is None else cache_dir
-    rewards = cached(cache_dir, "rewards", key, partial(_score_all, rows, score, batch_size))
-    rewards = _as_columns(names, _split(rewards["rewards"], rewards["sizes"]))
-    dataset = dataset.remove_columns(outdated)
-    for name in names:
-        dataset = dataset.add_column(name, rewards[name], feature=REWARD_FEATURES[name])
+    journal = _Journal(cache_dir, key)
+    rewards = cached(cache_dir, "rewards", key, partial(_score_all, rows, score, batch_size, journal))
+    journal.remove()
+    return write_rewards(dataset, _split(rewards["rewards"], rewards["sizes"]))
+
+
+def write_rewards(dataset: Dataset, rewards: list[Rewards]) -> Dataset:
+    """
+    Write rewards into a dataset, in place of earlier ones.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows of any accepted format.
+        rewards (`list[list[float | None]]`):
+            Rewards of each row's completions.
+
+    Returns:
+        [`~datasets.Dataset`]: The same rows with the column `reward`, `rewards`, or `chosen_reward` and
+        `rejected_reward`.
+    """
+    columns = reward_columns(dataset, rewards)
+    outdated = {*columns, "score_chosen", "score_rejected"} & set(dataset.column_names)
+    dataset = dataset.remove_columns(sorted(outdated))
+    for name, values in columns.items():
+        dataset = dataset.add_column(name, values, feature=REWARD_FEATURES[name])
     return dataset
 
 
-def _identity(processing_class: PreTrainedTokenizerBase | None) -> Any:
-    """What decides the tokens. The tokenizer object itself would not do: it changes when it is used."""
-    if processing_class is None:
-        return None
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    return sorted(tokenizer.get_vocab().items()), processing_class.chat_template
+def reward_columns(dataset: Dataset, rewards: list[Rewards]) -> dict[str, list]:
+    """
+    Numbers of each row's completions as columns of a dataset.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows of any accepted format.
+        rewards (`list[list[float | None]]`):
+            The numbers.
+
+    Returns:
+        `dict[str, list]`: The columns by their names, for rewards.
+    """
+    return _as_columns(_reward_columns(dataset.column_names), rewards)
 
 
-def _score_all(rows: Dataset, score: Callable[..., list[Rewards]], batch_size: int) -> dict[str, Tensor]:
+def completion_rewards(dataset: Dataset) -> list[Rewards]:
+    """The rewards of each row's completions, as [`score_dataset`] has written them."""
+    names = _reward_columns(dataset.column_names)
+    columns = [dataset[name] for name in names]
+    return list(columns[0]) if names == ["rewards"] else [list(row) for row in zip(*columns, strict=True)]
+
+
+class _Journal:
+    """
+    What has been scored so far, a line for each batch and a file for each process, so that a run that is killed goes
+    on where it was: in another number of processes, too.
+
+    Args:
+        cache_dir (`str`, `Path` or `None`):
+            Folder of the cache. If `None`, nothing is kept.
+        key (`Any`):
+            Everything that the rewards depend on.
+    """
+
+    def __init__(self, cache_dir: str | Path | None, key: Any) -> None:
+        self.folder = None if cache_dir is None else Path(cache_dir) / f"rewards-{cache_digest(key)}.unfinished"
+
+    def read(self) -> dict[int, Rewards]:
+        """Rewards of the rows that are done, by their positions, on all processes as process 0 finds them."""
+        found = [{}]
+        if self.folder is not None and PartialState().is_main_process:
+            for path in sorted(self.folder.glob("*.jsonl")):
+                for line in path.read_text().splitlines():
+                    with suppress(json.JSONDecodeError):  # the last line of a process that was killed
+                        found[0] |= {int(row): rewards for row, rewards in json.loads(line).items()}
+        return broadcast_object_list(found)[0]
+
+    def write(self, rows: list[int], scores: list[Rewards]) -> None:
+        """Add a batch."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # A line of its own also behind half a line
+            line = "\n" + json.dumps(dict(zip(rows, scores, strict=True))) + "\n"
+            with open(self.folder / f"{PartialState().process_index}.jsonl", "a") as file:
+                file.write(line)
+
+    def remove(self) -> None:
+        """Forget everything, when the rewards are in the cache."""
+        if self.folder is not None and PartialState().is_main_process:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _score_all(
+    rows: Dataset, score: Callable[..., list[Rewards]], batch_size: int, journal: _Journal
+) -> dict[str, Tensor]:
     """All rewards on every rank: `rewards` of shape `(num_completions,)`, NaN for None, and `sizes` per row."""
-    with PartialState().split_between_processes(rows) as mine:
-        scores: list[Rewards] = []
-        with tqdm(total=len(mine), desc="Scoring", unit=" rows") as progress:
-            for batch in _batches(mine, batch_size):
-                scores += score(batch)
+    done = journal.read()
+    left = [i for i in range(len(rows)) if i not in done]
+    with PartialState().split_between_processes(left) as mine:
+        scored: list[tuple[int, Rewards]] = []
+        with tqdm(total=len(rows), initial=len(done), desc="Scoring", unit=" rows") as progress:
+            for batch in _batches(rows.select(mine), batch_size):
+                positions = mine[len(scored) : len(scored) + len(batch)]
+                scores = score(batch)
+                journal.write(positions, scores)
+                scored += zip(positions, scores, strict=True)
                 progress.update(len(batch))
-    scores = gather_object(scores)
+    done |= dict(gather_object(scored))
+    scores = [done[i] for i in range(len(rows))]
     return {
         "rewards": torch.tensor([math.nan if r is None else r for row in scores for r in row], dtype=torch.float64),
         "sizes": torch.tensor([len(row) for row in scores], dtype=torch.int64),

@@ -1,0 +1,233 @@
+"""Reward models and classifiers as reward functions."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import AutoPeftModelForSequenceClassification
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Pipeline,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    pipeline,
+)
+from transformers.utils import find_adapter_config_file, logging
+
+from .._cache import model_key, tokenizer_key
+from .._trl import common_prefix_length, get_config_model_id, tokenize
+from ..data import Messages
+from .calling import Rewards
+
+
+logger = logging.get_logger(__name__)
+
+
+class RewardModel:
+    """
+    Reward function that scores prompt and completion with a sequence-classification model of one label.
+
+    The text is tokenised as [`~trl.RewardTrainer`] does it: messages through the reward model's own chat template,
+    texts one behind the other with EOS at the end. In a distributed run every process holds the model and scores what
+    it is given.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model, its id, or a folder with it; the id or folder of a LoRA adapter will do.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Its tokenizer. If `None`, it is loaded from where the model is.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Number of sequences in a forward. Those of like length are put together; the scores do not depend on it.
+        device (`str` or `torch.device`, *optional*):
+            Device to put the model on. If `None`, it is this process's, or where the model already is on a GPU.
+        max_length (`int`, *optional*):
+            Number of tokens of a sequence at most. Prompts lose their beginning to fit it; a completion that does not
+            fit by itself is not scored. If `None`, it is the length that the model has positions for.
+        **model_init_kwargs:
+            Passed to `from_pretrained` when the model is loaded: `quantization_config`, `dtype` (bfloat16 on a GPU by
+            default, else float32), `attn_implementation`, …
+
+    Raises:
+        `ValueError`: If the model has more than one label, or if there is no padding token and no EOS token.
+
+    Example:
+
+    ```python
+    >>> reward = RewardModel("Skywork/Skywork-Reward-V2-Qwen3-0.6B", batch_size=32)
+    >>> dataset = score_dataset(dataset, reward)
+    ```
+    """
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | Any",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        batch_size: int = 16,
+        device: str | torch.device | None = None,
+        max_length: int | None = None,
+        **model_init_kwargs: Any,
+    ) -> None:
+        device = PartialState().device if device is None else torch.device(device)
+        if isinstance(model, str | Path):
+            model_id, model = str(model), _load(str(model), device, model_init_kwargs)
+        else:
+            model_id = get_config_model_id(model.config)
+        if model.config.num_labels != 1:
+            raise ValueError(
+                f"The reward model {model_id} has {model.config.num_labels} labels, and a reward is one number. A "
+                "language model has to be trained into a reward model first (`trl.RewardTrainer`); of a classifier, "
+                "`ClassifierReward` takes the probability of a label."
+            )
+        self.tokenizer = AutoTokenizer.from_pretrained(model_id) if tokenizer is None else tokenizer
+        self.pad_token_id = self.tokenizer.pad_token_id
+        if self.pad_token_id is None:
+            self.pad_token_id = self.tokenizer.eos_token_id
+        if self.pad_token_id is None:
+            raise ValueError(f"The tokenizer of the reward model {model_id} has no padding token. Set `pad_token`.")
+        config = model.config.get_text_config()
+        config.pad_token_id = self.pad_token_id  # by which the model finds the last token
+        self.max_length = getattr(config, "max_position_embeddings", None) if max_length is None else max_length
+        if not getattr(model, "hf_quantizer", None) and model.device.type in ("cpu", "meta"):
+            model.to(device)
+        self.model = model.eval()
+        self.batch_size = batch_size
+        self.__name__ = Path(model_id).name or type(model).__name__
+
+    def __call__(self, prompts: list, completions: list, **columns: Any) -> Rewards:
+        self.model.eval()  # whoever shares it may have trained it since
+        nothing = [None] * len(prompts)
+        template_columns = [columns.get(name) or nothing for name in ("tools", "chat_template_kwargs")]
+        sequences = [self._tokenize(*row) for row in zip(prompts, completions, *template_columns, strict=True)]
+        scores: Rewards = [None] * len(sequences)
+        order = sorted((i for i, ids in enumerate(sequences) if ids), key=lambda i: -len(sequences[i]))
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            for i, score in zip(batch, self._score([sequences[i] for i in batch]).tolist(), strict=True):
+                scores[i] = score
+        return scores
+
+    def _tokenize(
+        self, prompt: str | Messages, completion: str | Messages, tools: Any, chat_template_kwargs: dict | None
+    ) -> list[int]:
+        """Tokens of prompt and completion. Empty where the completion alone is too long."""
+        if isinstance(prompt, str):
+            eos = self.tokenizer.eos_token or ""
+            whole = prompt + completion if completion.endswith(eos) else prompt + completion + eos
+            ids, prompt_ids = (tokenize(self.tokenizer, text)["input_ids"] for text in (whole, prompt))
+        else:
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+            kwargs = {"tools": tools, **(chat_template_kwargs or {})}
+            ids = tokenize(self.tokenizer, prompt + completion, **kwargs)["input_ids"]
+            prompt_ids = tokenize(self.tokenizer, prompt, **{**kwargs, "add_generation_prompt": True})["input_ids"]
+        if self.max_length is None or len(ids) <= self.max_length:
+            return list(ids)
+        # Encoders read the score off the first token
+        begin = list(ids[:1]) if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else []
+        num_completion_tokens = len(ids) - common_prefix_length(prompt_ids, ids)
+        if len(begin) + num_completion_tokens > self.max_length:
+            logger.warning_once(
+                f"A completion is longer than `max_length={self.max_length}` of the reward model. Such completions "
+                "are not scored."
+            )
+            return []
+        return begin + list(ids[len(begin) + len(ids) - self.max_length :])
+
+    @torch.inference_mode()
+    def _score(self, sequences: Sequence[list[int]]) -> Tensor:
+        ids = [torch.tensor(sequence) for sequence in sequences]
+        device = self.model.device
+        return (
+            self.model(
+                input_ids=pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id).to(device),
+                attention_mask=pad_sequence([torch.ones_like(x) for x in ids], batch_first=True).to(device),
+            )
+            .logits[:, 0]
+            .float()
+        )
+
+    @property
+    def cache_key(self) -> Any:
+        """What the scores depend on."""
+        return "RewardModel", model_key(self.model), tokenizer_key(self.tokenizer), self.max_length
+
+
+def _load(model: str, device: torch.device, kwargs: dict[str, Any]) -> PreTrainedModel:
+    kwargs = {"dtype": torch.float32 if device.type == "cpu" else torch.bfloat16, **kwargs}
+    if find_adapter_config_file(model) is not None:  # its base is a language model, whose config knows of no label
+        return AutoPeftModelForSequenceClassification.from_pretrained(model, **{"num_labels": 1, **kwargs})
+    return AutoModelForSequenceClassification.from_pretrained(model, **kwargs)
+
+
+class ClassifierReward:
+    """
+    Reward function that is the probability of a label, as a text classifier sees the completion.
+
+    Args:
+        classifier (`str` or [`~transformers.Pipeline`]):
+            A text-classification pipeline, or the id or folder of a model for one.
+        label (`str`):
+            Name of the label.
+        with_prompt (`bool`, *optional*, defaults to `False`):
+            Whether the classifier reads the prompt's text before the completion's.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Number of texts in a forward.
+        **kwargs:
+            Passed to the pipeline, such as `function_to_apply="none"` for the logit, or `max_length`.
+
+    Raises:
+        `ValueError`: If the classifier has no such label.
+
+    Example:
+
+    ```python
+    >>> polite = ClassifierReward("Intel/polite-guard", "polite")
+    >>> trainer = GRPOTrainer(model, reward_funcs=polite, train_dataset=dataset)
+    ```
+    """
+
+    def __init__(
+        self, classifier: str | Pipeline, label: str, with_prompt: bool = False, batch_size: int = 16, **kwargs: Any
+    ) -> None:
+        if isinstance(classifier, str):
+            classifier = pipeline("text-classification", model=classifier, device=PartialState().device)
+        labels = list(classifier.model.config.id2label.values())
+        if label not in labels:
+            raise ValueError(f"The classifier has the labels {', '.join(map(repr, labels))}, and not {label!r}.")
+        self.classifier, self.label, self.with_prompt, self.batch_size = classifier, label, with_prompt, batch_size
+        self.kwargs = {"truncation": True, **kwargs}
+        num_positions = getattr(classifier.model.config, "max_position_embeddings", None)
+        if num_positions is not None and num_positions < classifier.tokenizer.model_max_length:
+            self.kwargs = {"max_length": num_positions, **self.kwargs}  # many tokenizers do not know it
+        self.__name__ = label
+
+    def __call__(self, prompts: list, completions: list, **columns: Any) -> Rewards:
+        self.classifier.model.eval()  # which a pipeline leaves to whoever made the model
+        texts = [as_text(completion) for completion in completions]
+        if self.with_prompt:
+            texts = [as_text(prompt + completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        outputs = self.classifier(texts, top_k=None, batch_size=self.batch_size, **self.kwargs)
+        return [next(score["score"] for score in scores if score["label"] == self.label) for scores in outputs]
+
+    @property
+    def cache_key(self) -> Any:
+        """What the scores depend on."""
+        tokenizer = tokenizer_key(self.classifier.tokenizer)
+        return (
+            "ClassifierReward",
+            model_key(self.classifier.model),
+            tokenizer,
+            self.label,
+            self.with_prompt,
+            self.kwargs,
+        )
+
+
+def as_text(content: str | Messages) -> str:
+    """The text of a prompt or completion, of messages one per line."""
+    return content if isinstance(content, str) else "\n".join(message["content"] or "" for message in content)
