@@ -5,15 +5,16 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import cpu_args
 from transformers import LlamaConfig, LlamaForSequenceClassification
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import trl_lol
 from trl_lol import toy
 from trl_lol.offline.base_config import _OfflineRewardConfig
 from trl_lol.offline.trainer import _OfflineRewardTrainer
 from trl_lol.online.base_config import _ActorCriticConfig
-from trl_lol.online.trainer import _ActorCriticTrainer
 
 
 ROOT = Path(__file__).parent.parent
@@ -33,9 +34,10 @@ def test_python_blocks_run(name, tmp_path, monkeypatch, tiny_model, tokenizer, p
     tiny_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     # What a reader has on a GPU machine and this test has not: bfloat16, and a model of their own
-    for config in (_OfflineRewardConfig, _ActorCriticConfig):
+    for config in (_OfflineRewardConfig, _ActorCriticConfig, GRPOConfig, SFTConfig):
         monkeypatch.setattr(config, "__post_init__", _on_cpu(config.__post_init__))
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
     reward_model = LlamaForSequenceClassification(LlamaConfig(**tiny_model().config.to_dict() | {"num_labels": 1}))
     reward_model.save_pretrained(tmp_path / "reward")
     tokenizer.save_pretrained(tmp_path / "reward")
@@ -51,9 +53,9 @@ def test_python_blocks_run(name, tmp_path, monkeypatch, tiny_model, tokenizer, p
     }
     exec(compile(block, name, "exec"), namespace)
     trainer = namespace["trainer"]
-    assert isinstance(trainer, _OfflineRewardTrainer | _ActorCriticTrainer)
+    assert isinstance(trainer, _OfflineRewardTrainer | GRPOTrainer | SFTTrainer)
     assert len(trainer.train_dataset) > 0
-    if isinstance(trainer, _ActorCriticTrainer):
+    if isinstance(trainer, GRPOTrainer | SFTTrainer):
         assert trainer.state.global_step == trainer.state.max_steps > 0
 
 

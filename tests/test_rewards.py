@@ -274,7 +274,7 @@ def test_errors_name_the_function():
 
 @pytest.mark.parametrize("call", [lambda f, w: call_reward_funcs(f, w, ["p"], ["a"]), weighted_sum])
 def test_wrong_reward_funcs(call):
-    with pytest.raises(TypeError, match=r"holds 'some/reward-model'.*pass a function"):
+    with pytest.raises(TypeError, match=r"holds 'some/reward-model'.*pass `RewardModel"):
         call(["some/reward-model"], None)
     with pytest.raises(TypeError, match=r"holds a Linear.*pass a function"):
         call(torch.nn.Linear(1, 1), None)

@@ -106,8 +106,7 @@ def check_reward_funcs(
             what = repr(func) if isinstance(func, str) else f"a {type(func).__name__}"
             raise TypeError(
                 f"`reward_funcs` holds {what}, but a reward function is called as f(prompts, completions, **columns) "
-                "and returns one float, or None, per completion. Load the model, and pass a function that scores with "
-                "it: the README has one."
+                "and returns one float, or None, per completion. For a reward model pass `RewardModel(...)`."
             )
     if weights is not None and len(weights) != len(funcs):
         raise ValueError(f"Got {len(weights)} reward weights for {len(funcs)} reward functions. Give one weight each.")
