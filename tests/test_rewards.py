@@ -276,7 +276,7 @@ def test_errors_name_the_function():
 def test_wrong_reward_funcs(call):
     with pytest.raises(TypeError, match=r"holds 'some/reward-model'.*pass `RewardModel"):
         call(["some/reward-model"], None)
-    with pytest.raises(TypeError, match=r"holds a Linear.*pass a function"):
+    with pytest.raises(TypeError, match=r"holds a Linear.*pass `RewardModel"):
         call(torch.nn.Linear(1, 1), None)
     with pytest.raises(ValueError, match="1 reward weights for 2 reward functions"):
         call([length, minus_length], [1.0])

@@ -90,7 +90,11 @@ def main(expected_world_size: int, folder: Path) -> None:
             {"beta": 0.05, "learning_rate": 0.1, "reset_prob": 0.5, "seed": 10},
         ),
         # Scores and greedy completions do not depend on how rows are dealt out, also when there are fewer than ranks
-        "scores": [score_dataset(pairs.select(range(n)), toy.oracle_reward).to_dict() for n in (1, 7)],
+        "scores": [
+            score_dataset(pairs.select(range(n)), toy.oracle_reward, cache_dir=cache_dir).to_dict()
+            for n in (1, 7)
+            for cache_dir in (None, folder / "scores", folder / "scores")
+        ],
         "samples": [sample(dialogues.select(range(n)), tokenizer, folder) for n in (1, 5)],
     }
     if state.is_main_process:
