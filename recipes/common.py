@@ -18,7 +18,6 @@ from rich.table import Table
 from scipy.stats import spearmanr
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -35,13 +34,11 @@ from trl import (
     SFTConfig,
     SFTTrainer,
     TrlParser,
-    apply_chat_template,
     get_peft_config,
     get_quantization_config,
-    is_conversational,
 )
 
-from trl_lol import toy
+from trl_lol import RewardModel, toy
 from trl_lol.data import as_group, tokenize_row
 from trl_lol.evaluation import evaluate_policy, reference_policy
 from trl_lol.generation import completion_logps
@@ -332,7 +329,7 @@ def train_dpo(pairs: Dataset, setup: Setup, name: str, **overrides: Any) -> PreT
     return trainer.model
 
 
-def train_rloo(prompts: Dataset, reward: "RewardFunc | str", setup: Setup, **overrides: Any) -> PreTrainedModel:
+def train_rloo(prompts: Dataset, reward: RewardFunc, setup: Setup, **overrides: Any) -> PreTrainedModel:
     """TRL's RLOO on as many completions, in as many batches, each trained on once: its ratio is of whole sequences."""
     recipe, args = setup.recipe, setup.args
     same = (
@@ -351,42 +348,6 @@ def train_rloo(prompts: Dataset, reward: "RewardFunc | str", setup: Setup, **ove
 
 
 # ---- Judging ----
-
-
-def scores_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 16) -> RewardFunc:
-    """A sequence-classification model as a reward function. It reads what TRL's trainers would give it to read."""
-
-    @torch.inference_mode()
-    def score(prompts: list, completions: list, **columns: Any) -> list[float]:
-        pairs = zip(prompts, completions, strict=True)
-        if is_conversational({"prompt": prompts[0]}):
-            texts = [apply_chat_template({"messages": p + c}, tokenizer)["text"] for p, c in pairs]
-        else:
-            texts = [p + c for p, c in pairs]
-        scores: list[float] = []
-        for start in range(0, len(texts), batch_size):
-            batch = texts[start : start + batch_size]
-            inputs = tokenizer(
-                batch, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt"
-            )
-            scores += model(**inputs.to(model.device)).logits[:, 0].tolist()
-        return scores
-
-    return score
-
-
-def load_judge(setup: Setup) -> RewardFunc | None:
-    """The reward model that nothing is trained on."""
-    name = setup.recipe.judge_model
-    if name is None:
-        return None
-    dtype = setup.args.model_init_kwargs["dtype"]
-    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return scores_of(model.to(setup.args.device).eval(), tokenizer)
 
 
 class Comparison:
@@ -469,7 +430,7 @@ class Comparison:
             del result["reward"], result["reward_std"]
         if self.train_reward is not None:
             prompts, completions = ([s[key] for s in self.samples[name]] for key in ("prompt", "completion"))
-            result["train_reward"] = mean(self.train_reward(prompts, completions))
+            result["train_reward"] = mean(r for r in self.train_reward(prompts, completions) if r is not None)
         self.results[name] = result
 
     def write(self) -> None:
@@ -628,7 +589,8 @@ def run_online(
     else:
         rows = load_rows(recipe)
         setup = Setup.from_path(recipe, args, model_args)
-        reward, judge = recipe.reward_model, load_judge(setup)
+        reward = RewardModel(recipe.reward_model, device=args.device)
+        judge = None if recipe.judge_model is None else RewardModel(recipe.judge_model, device=args.device)
     if recipe.max_prompt_length is not None:
         rows = drop_long_prompts(rows, setup.tokenizer, recipe.max_prompt_length)
     train, columns = rows["train"], rows["train"].column_names
@@ -654,12 +616,8 @@ def run_online(
     if is_main:
         trainer.create_model_card(model_name=output_dir.name)
 
-    if isinstance(reward, str):
-        train_reward = scores_of(trainer.reward_funcs[0], trainer.reward_processing_classes[0])
-    else:
-        train_reward = reward
     comparison = Comparison(
-        setup, rows["test"], trainer.model, judge, False, train_reward, recipe.num_answers, args.max_completion_length
+        setup, rows["test"], trainer.model, judge, False, reward, recipe.num_answers, args.max_completion_length
     )
     num_batches = trainer.state.max_steps * args.gradient_accumulation_steps
     if "sft" in recipe.compare and references is not None:

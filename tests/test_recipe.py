@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
@@ -352,21 +352,6 @@ def test_references_from_a_folder(tmp_path, monkeypatch, tiny_model, tokenizer, 
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(results) == ["reference", "SFT on references", "DR-PO"]
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
-
-
-def test_scores_of_a_reward_model(reward_model, pairs):
-    """One at a time, without padding, it gives the same as in a batch, and the answer matters."""
-    model, folder = reward_model(0)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = pairs.take(5)
-    prompts, completions = rows["prompt"][:], rows["chosen"][:]
-    scores = common.scores_of(model, tokenizer, batch_size=2)(prompts, completions)
-    for score, prompt, completion in zip(scores, prompts, completions, strict=True):
-        ids = tokenizer.apply_chat_template(prompt + completion, return_tensors="pt", return_dict=True)
-        assert score == pytest.approx(model(**ids).logits.item(), abs=1e-6)
-    assert common.scores_of(model, tokenizer)(prompts, rows["rejected"][:]) != pytest.approx(scores, abs=1e-3)
-    texts = common.scores_of(model, tokenizer)(["a", "b"], [" c", " d e"])
-    assert texts[1] == pytest.approx(model(**tokenizer("b d e", return_tensors="pt")).logits.item(), abs=1e-6)
 
 
 @pytest.mark.parametrize(
