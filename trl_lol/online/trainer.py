@@ -245,9 +245,8 @@ class _ActorCriticTrainer(GRPOTrainer):
             batch["advantages"] = self._whiten(batch["advantages"], value_mask)
         self._correct_logs(batch["advantages"], mask, num_generations)
         masks = {"loss_mask": mask, "value_mask": value_mask}
-        num_items, num_value_items = self.accelerator.gather(torch.stack([m.sum() for m in masks.values()])[None]).sum(
-            dim=0
-        )
+        counts = torch.stack([mask.sum() for mask in masks.values()])
+        num_items, num_value_items = self.accelerator.reduce(counts, reduction="sum")
         return batch | masks | {"num_items_in_batch": num_items, "num_value_items_in_batch": num_value_items}
 
     def _masks(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -209,7 +209,7 @@ def _score_all(
     left = [i for i in range(len(rows)) if i not in done]
     with PartialState().split_between_processes(left) as mine:
         scored: list[tuple[int, Rewards]] = []
-        with tqdm(total=len(rows), initial=len(done), desc="Scoring", unit=" rows") as progress:
+        with tqdm(total=len(done) + len(mine), initial=len(done), desc="Scoring", unit=" rows") as progress:
             for batch in _batches(rows.select(mine), batch_size):
                 positions = mine[len(scored) : len(scored) + len(batch)]
                 scores = score(batch)
