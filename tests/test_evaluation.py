@@ -476,7 +476,7 @@ def test_the_callback_draws_its_prompts_once(tmp_path, tokenizer):
     assert draw(rows.to_iterable_dataset(), num_prompts=5).prompts == rows["prompt"][:5]
     with pytest.raises(ValueError, match="no rows"):
         draw([])
-    with pytest.raises(TypeError, match="pass a function"):
+    with pytest.raises(TypeError, match="pass `RewardModel"):
         GenerationEvalCallback(trainer, rows, "some/model")
 
 
