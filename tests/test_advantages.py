@@ -14,6 +14,7 @@ from trl_lol.advantages import (
     explained_variance,
     gae,
     masked_whiten,
+    mean_rewards,
     priority_weights,
     sequence_advantages,
     token_rewards,
@@ -397,3 +398,10 @@ def test_ties_are_no_advantage_in_single_precision():
 def test_gae_of_empty_completions():
     advantages, returns = gae(torch.zeros(2, 0), torch.zeros(2, 0), torch.zeros(2, 0))
     assert advantages.shape == returns.shape == (2, 0)
+
+
+def test_mean_rewards():
+    """Prompt 0 has 1 and 2, prompt 1 one reward of two, prompt 2 none."""
+    rewards = torch.tensor([1.0, 4.0, 2.0, torch.nan, torch.nan])
+    means, counts = mean_rewards(rewards, torch.tensor([0, 1, 0, 1, 2]), 3)
+    assert means[:2].tolist() == [1.5, 4.0] and means[2].isnan() and counts.tolist() == [2, 1, 0]

@@ -302,12 +302,15 @@ def test_references_that_will_not_do(build: Callable[..., Any], prompts: Dataset
     texts = Dataset.from_dict({"prompt": ["How?"] * 16, "reference": [conversation[1:]] * 16})
     with pytest.raises(ValueError, match=r"The reference completion .* must be a text, as the prompt is"):
         build(DRPOConfig, constant, texts)
-    with pytest.raises(ValueError, match=r"The reference completion .* It repeats the prompt"):
+    with pytest.raises(ValueError, match="'reference' repeat their prompts"):
         build(DRPOConfig, constant, Dataset.from_dict({"prompt": ["How?"] * 16, "reference": ["How? So."] * 16}))
     # Wherever it stands, and not only when its turn comes
-    late = Dataset.from_dict({"prompt": ["How?"] * 16, "reference": [" So."] * 15 + ["How? So."]})
-    with pytest.raises(ValueError, match="It repeats the prompt"):
+    late = Dataset.from_dict({"prompt": prompts["prompt"][:], "chosen": [conversation[1:]] * 15 + [conversation]})
+    with pytest.raises(ValueError, match=r"The reference completion .* a text, messages of which the first is"):
         build(DRPOConfig, constant, late)
+    # An answer may begin as its prompt does
+    alike = Dataset.from_dict({"prompt": ["How?"] * 16, "reference": [" So."] * 15 + ["How? So."]})
+    build(DRPOConfig, constant, alike)
     with pytest.raises(ValueError, match="None of the 16 rows has a reference in the column 'reference'"):
         build(DRPOConfig, constant, Dataset.from_dict({"prompt": ["How?"] * 16, "reference": [None, ""] * 8}))
     # Unpaired preferences have bad completions among them

@@ -75,6 +75,27 @@ def sequence_advantages(
     return (known - subtracted).masked_fill(~scored, 0.0).to(rewards.dtype)
 
 
+def mean_rewards(rewards: Tensor, group_ids: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """
+    Mean reward of each prompt's completions.
+
+    Args:
+        rewards (`torch.Tensor`):
+            Reward of each completion, NaN where it is not scored, of shape `(num_completions,)`.
+        group_ids (`torch.Tensor`):
+            Position of its prompt, same shape.
+        num_groups (`int`):
+            Number of prompts.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: The means and the numbers of scored completions, of shape `(num_groups,)`.
+    """
+    is_scored = ~rewards.isnan()
+    counts = torch.zeros(num_groups).index_add(0, group_ids, is_scored.float())
+    sums = torch.zeros(num_groups).index_add(0, group_ids, rewards.nan_to_num().float())
+    return sums / counts, counts
+
+
 def token_rewards(rewards: Tensor, mask: Tensor, log_ratio: Tensor | None = None, *, beta: float = 0.0) -> Tensor:
     r"""
     Reward of each token of a completion that is rewarded as a whole: −β ln(π_old/π_ref) of the token, the estimate of

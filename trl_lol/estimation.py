@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ._cache import model_key
 from ._trl import get_config_model_id
-from .advantages import sequence_advantages
+from .advantages import mean_rewards, sequence_advantages
 from .data import as_group, check_columns, tokenize_row
 from .rewards import RewardFunc, score_dataset
 from .rewards.scoring import reward_columns, write_rewards
@@ -48,14 +48,14 @@ def estimate_advantages(
         dataset ([`~datasets.Dataset`]):
             Rows of any accepted format. See the README.
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The policy: a causal language model as it is, or its id. It is read only, each prompt once.
+            The policy: a causal language model as it is, or its id. It is not changed, and reads each prompt once.
         reward_funcs (`Callable` or `list[Callable]`, *optional*):
             Reward functions, which take precedence over rewards in the dataset.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer. If `None`, it is loaded from the model's name.
         baseline (`str`, *optional*, defaults to `"value"`):
-            What is subtracted: `"value"`, or `"group_mean"`, `"leave_one_out"`, `"batch_mean"` and `"none"`, which
-            need no model (see [`sequence_advantages`]).
+            What is subtracted: `"value"`, or `"group_mean"`, `"leave_one_out"`, `"batch_mean"` and `"none"`, for
+            which the model is not loaded (see [`sequence_advantages`]).
         reward_weights (`list[float]`, *optional*):
             One weight per reward function. If `None`, every function weighs 1.
         batch_size (`int`, *optional*, defaults to `8`):
@@ -85,10 +85,9 @@ def estimate_advantages(
     ```
     """
     check_columns(dataset.column_names)
-    if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model).to(PartialState().device)
     if processing_class is None:
-        processing_class = AutoTokenizer.from_pretrained(get_config_model_id(model.config))
+        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+        processing_class = AutoTokenizer.from_pretrained(model_id)
     if reward_funcs is not None:
         dataset = score_dataset(dataset, reward_funcs, reward_weights, processing_class, cache_dir=cache_dir)
 
@@ -102,6 +101,8 @@ def estimate_advantages(
     prompts, group_ids, flat = group_by_prompt_ids(prompt_ids, as_floats)
     values = None
     if baseline == "value":
+        if isinstance(model, str):
+            model = AutoModelForCausalLM.from_pretrained(model).to(PartialState().device)
         means, counts = mean_rewards(flat, group_ids, len(prompts))
         is_scored = (counts > 0).tolist()
         estimator = ValueEstimator(
@@ -167,24 +168,3 @@ def group_by_prompt_ids(
         group_ids += [positions.setdefault(tuple(ids), len(positions))] * len(row)
         flat += row
     return [list(ids) for ids in positions], torch.tensor(group_ids), torch.tensor(flat, dtype=torch.float64)
-
-
-def mean_rewards(rewards: Tensor, group_ids: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """
-    Mean reward of each prompt's completions.
-
-    Args:
-        rewards (`torch.Tensor`):
-            Reward of each completion, NaN where it is not scored, of shape `(num_completions,)`.
-        group_ids (`torch.Tensor`):
-            Position of its prompt, same shape.
-        num_groups (`int`):
-            Number of prompts.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: The means and the numbers of scored completions, of shape `(num_groups,)`.
-    """
-    is_scored = ~rewards.isnan()
-    counts = torch.zeros(num_groups).index_add(0, group_ids, is_scored.float())
-    sums = torch.zeros(num_groups).index_add(0, group_ids, rewards.nan_to_num().float())
-    return sums / counts, counts

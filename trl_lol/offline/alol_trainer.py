@@ -9,9 +9,9 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
-from ..advantages import priority_weights, sequence_advantages
+from ..advantages import mean_rewards, priority_weights, sequence_advantages
 from ..data import flatten_groups
-from ..estimation import group_by_prompt_ids, mean_rewards
+from ..estimation import group_by_prompt_ids
 from ..losses import alol_loss, importance_ratio
 from ..report import AdvantageReport
 from ..value import ValueEstimator

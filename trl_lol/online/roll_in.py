@@ -67,20 +67,27 @@ def check_references(dataset: Dataset | IterableDataset, column: str) -> None:
             Column with the references.
 
     Raises:
-        `ValueError`: If a reference is no completion of its prompt, or if there is none at all.
+        `ValueError`: If a reference is no completion of its prompt, if all repeat their prompts, or if there is none.
     """
     if isinstance(dataset, IterableDataset):
         for row in islice(dataset, 1):
             reference_message(row["prompt"], row[column])
         return
     rows = dataset.with_format(None).select_columns(["prompt", column])
-    num_missing = sum(
-        reference_message(row["prompt"], row[column]) is None for row in tqdm(rows, desc="Checking references")
-    )
+    num_missing = num_repeating = 0
+    for row in tqdm(rows, desc="Checking references"):
+        prompt, reference = row["prompt"], row[column]
+        num_missing += reference_message(prompt, reference) is None
+        num_repeating += isinstance(prompt, str) and bool(prompt) and (reference or "").startswith(prompt)
     if num_missing == len(rows):
         raise ValueError(
             f"None of the {len(rows)} rows has a reference in the column {column!r}, so that nothing would be reset. "
             "Name another column with `reference_column`, or set `reset_prob=0`, which is PPO."
+        )
+    if num_repeating == len(rows) - num_missing:  # a single one may begin as its prompt does
+        raise ValueError(
+            f"The references in the column {column!r} repeat their prompts. They must be what follows: cut the "
+            "prompts off."
         )
     if num_missing:
         logger.warning(f"{num_missing} of {len(rows)} rows have no reference, and are never reset.")
@@ -104,7 +111,6 @@ def reference_message(prompt: str | Messages, reference: str | Messages | None) 
     """
     if reference is None or reference in ("", []):
         return None
-    found = f"The reference completion of the prompt {str(prompt)[-80:]!r} is {str(reference)[:80]!r}."
     message, expected = {"role": "assistant", "content": reference}, "a text, as the prompt is, or null"
     if isinstance(prompt, list):
         message = reference[0] if is_conversational({"prompt": reference}) else message
@@ -113,9 +119,10 @@ def reference_message(prompt: str | Messages, reference: str | Messages | None) 
             "`trl.extract_prompt` takes the prompt out of whole conversations"
         )
     if message["role"] != "assistant" or not isinstance(message.get("content"), str):
-        raise ValueError(f"{found} It must be {expected}.")
-    if isinstance(prompt, str) and prompt and reference.startswith(prompt):
-        raise ValueError(f"{found} It repeats the prompt. It must be what follows: cut the prompt off.")
+        raise ValueError(
+            f"The reference completion of the prompt {str(prompt)[-80:]!r} is {str(reference)[:80]!r}. It must be "
+            f"{expected}."
+        )
     return message if message["content"] else None
 
 

@@ -119,14 +119,16 @@ class RewardModel:
         if isinstance(prompt, str):
             eos = self.tokenizer.eos_token or ""
             whole = prompt + completion if completion.endswith(eos) else prompt + completion + eos
-            ids, prompt_ids = (tokenize(self.tokenizer, text)["input_ids"] for text in (whole, prompt))
+            kwargs = prompt_kwargs = {}
         else:
+            whole = prompt + completion
             tools = json.loads(tools) if isinstance(tools, str) else tools
             kwargs = {"tools": tools, **(chat_template_kwargs or {})}
-            ids = tokenize(self.tokenizer, prompt + completion, **kwargs)["input_ids"]
-            prompt_ids = tokenize(self.tokenizer, prompt, **{**kwargs, "add_generation_prompt": True})["input_ids"]
+            prompt_kwargs = {**kwargs, "add_generation_prompt": True}
+        ids = tokenize(self.tokenizer, whole, **kwargs)["input_ids"]
         if self.max_length is None or len(ids) <= self.max_length:
             return list(ids)
+        prompt_ids = tokenize(self.tokenizer, prompt, **prompt_kwargs)["input_ids"]
         # Encoders read the score off the first token
         begin = list(ids[:1]) if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else []
         num_completion_tokens = len(ids) - common_prefix_length(prompt_ids, ids)

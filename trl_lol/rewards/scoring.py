@@ -87,10 +87,8 @@ def score_dataset(
     score = partial(
         _score_rows, reward_funcs=reward_funcs, reward_weights=reward_weights, processing_class=processing_class
     )
-    names = _reward_columns(columns)
-    outdated = [name for name in {*names, "score_chosen", "score_rejected"} if name in columns]
-
     if isinstance(dataset, IterableDataset):
+        names, outdated = _reward_columns(columns), _outdated_columns(columns)
         features = dataset.features
         if features is not None:  # left unknown, finding the columns later on would score a batch
             kept = {name: feature for name, feature in features.items() if name not in outdated}
@@ -131,8 +129,7 @@ def write_rewards(dataset: Dataset, rewards: list[Rewards]) -> Dataset:
         `rejected_reward`.
     """
     columns = reward_columns(dataset, rewards)
-    outdated = {*columns, "score_chosen", "score_rejected"} & set(dataset.column_names)
-    dataset = dataset.remove_columns(sorted(outdated))
+    dataset = dataset.remove_columns(_outdated_columns(dataset.column_names))
     for name, values in columns.items():
         dataset = dataset.add_column(name, values, feature=REWARD_FEATURES[name])
     return dataset
@@ -283,6 +280,11 @@ def _reward_columns(columns: list[str]) -> list[str]:
     if {"chosen", "rejected"} <= set(columns):
         return ["chosen_reward", "rejected_reward"]
     return ["rewards"] if "completions" in columns else ["reward"]
+
+
+def _outdated_columns(columns: list[str]) -> list[str]:
+    """Those of the columns that new rewards take the place of."""
+    return [name for name in (*_reward_columns(columns), "score_chosen", "score_rejected") if name in columns]
 
 
 def _as_columns(names: list[str], scores: list[Rewards]) -> dict[str, list]:
