@@ -1,10 +1,13 @@
 """Sampling groups of completions, and keeping them. What one completion is, is tested in `test_evaluation.py`."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
 
 from trl_lol import _cache, sample_completions, score_dataset, toy
+from trl_lol.data import tokenize_row
 
 
 K = 3
@@ -39,6 +42,23 @@ def test_conversations_get_groups_of_messages_and_keep_their_columns(rows, tiny_
         assert all(len(c) == 1 and c[0].keys() == {"role", "content"} for c in completions)
     scored = score_dataset(groups, toy.oracle_reward)
     assert [len(rewards) for rewards in scored["rewards"]] == [K] * 4
+
+
+def test_the_template_gets_what_it_gets_in_training(rows, tiny_model, tokenizer, monkeypatch):
+    """A template that shows the tools: prompts are those that `tokenize_row` makes, and without tools others."""
+    tokenizer, model = copy.deepcopy(tokenizer), tiny_model()
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools[0].name }} {% endif %}{% if loud %}please {% endif %}" + tokenizer.chat_template
+    )
+    calls = count_calls(model, monkeypatch)
+    extended = rows.add_column("tools", ['[{"name": "phone"}]'] * 4)
+    extended = extended.add_column("chat_template_kwargs", [{"loud": i % 2 == 0} for i in range(4)])
+    groups = sample(extended, model, tokenizer, 1)
+    expected = [tokenize_row({**row, "rewards": [0.0]}, 0, tokenizer, "")["prompt_ids"] for row in groups]
+    seen = {tuple(ids[ids != tokenizer.pad_token_id].tolist()) for ids in calls[0]["input_ids"]}
+    assert seen == {*map(tuple, expected)}
+    sample(rows, model, tokenizer, 1)
+    assert not seen & {tuple(ids[ids != tokenizer.pad_token_id].tolist()) for ids in calls[1]["input_ids"]}
 
 
 def test_text_gets_groups_of_text(text_rows, tiny_model, tokenizer):
@@ -134,8 +154,6 @@ def test_rows_that_cannot_be_sampled_for(rows, tiny_model, tokenizer):
     model = tiny_model()
     with pytest.raises(ValueError, match=r"columns are question\. Sampling needs a `prompt`"):
         sample(rows.select_columns("prompt").rename_column("prompt", "question"), model, tokenizer)
-    with pytest.raises(ValueError, match="has tools, and sampling leaves them out"):
-        sample(rows.add_column("tools", ["[]"] * 4), model, tokenizer)
     with pytest.raises(ValueError, match="`num_completions=0` must be at least 1"):
         sample(rows, model, tokenizer, 0)
     with pytest.raises(ValueError, match="Prompt 1 has no tokens"):

@@ -129,6 +129,33 @@ def as_group(row: Mapping[str, Any]) -> Group:
     raise ValueError(f"A row has {', '.join(row)}. Accepted row formats:\n{ROW_FORMATS}")
 
 
+def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row's `tools` and `chat_template_kwargs` columns say to the chat template."""
+    tools = row.get("tools")
+    return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
+
+
+def tokenize_prompt(
+    prompt: str | Messages, row: Mapping[str, Any], processing_class: PreTrainedTokenizerBase
+) -> list[int]:
+    """
+    Tokenise a prompt that a completion is to follow.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            The prompt, as text or as messages.
+        row (`Mapping[str, Any]`):
+            Its row, whose `tools` and `chat_template_kwargs` go to the chat template.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer or processor.
+
+    Returns:
+        `list[int]`: Its tokens.
+    """
+    kwargs = {} if isinstance(prompt, str) else {"add_generation_prompt": True, **template_kwargs(row)}
+    return list(tokenize(processing_class, prompt, **kwargs)["input_ids"])
+
+
 def tokenize_row(
     row: Mapping[str, Any], index: int, processing_class: PreTrainedTokenizerBase, eos_token: str
 ) -> dict[str, Any]:
@@ -187,13 +214,10 @@ def tokenize_row(
     if group.is_conversational:
         if not group.prompt:
             raise ValueError(f"Row {index} has a prompt without messages. Give it at least one message to answer.")
-        tools = row.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        kwargs = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
-        prompt_ids = tokenize(processing_class, group.prompt, add_generation_prompt=True, **kwargs)["input_ids"]
+        kwargs = template_kwargs(row)
     else:
         completions = [c if c.endswith(eos_token) else c + eos_token for c in completions]
-        prompt_ids = tokenize(processing_class, group.prompt)["input_ids"]
+    prompt_ids = tokenize_prompt(group.prompt, row, processing_class)
     sequences = [tokenize(processing_class, group.prompt + c, **kwargs)["input_ids"] for c in completions]
 
     # The completion starts where the tokens of prompt and prompt+completion part (see `common_prefix_length`)

@@ -1,5 +1,6 @@
 """Advantages of a dataset's completions, without a trainer: to look at, to filter by, or to weight with."""
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ._cache import model_key
 from ._trl import get_config_model_id
 from .advantages import mean_rewards, sequence_advantages
-from .data import as_group, check_columns, tokenize_row
-from .rewards import RewardFunc, score_dataset
+from .data import as_group, check_columns, tokenize_prompt, tokenize_row
+from .generation import sample_completions
+from .rewards import ColumnReward, RewardFunc, score_dataset
+from .rewards.calling import Rewards
 from .rewards.scoring import reward_columns, write_rewards
 from .value import ValueEstimator
 
@@ -31,10 +34,13 @@ def estimate_advantages(
     processing_class: PreTrainedTokenizerBase | None = None,
     *,
     baseline: str = "value",
+    value_source: str = "dataset",
     reward_weights: Sequence[float] | None = None,
     batch_size: int = 8,
     cache_dir: str | Path | None = None,
     max_prompts: int = 1024,
+    num_generations: int = 1,
+    max_completion_length: int = 256,
     seed: int = 0,
     **value_kwargs: Any,
 ) -> Dataset:
@@ -56,16 +62,23 @@ def estimate_advantages(
         baseline (`str`, *optional*, defaults to `"value"`):
             What is subtracted: `"value"`, or `"group_mean"`, `"leave_one_out"`, `"batch_mean"` and `"none"`, for
             which the model is not loaded (see [`sequence_advantages`]).
+        value_source (`str`, *optional*, defaults to `"dataset"`):
+            Where the rewards come from that the value head is fitted on: `"dataset"`, or `"rollouts"` for completions
+            that are sampled from the model and scored with `reward_funcs`. See [`ALoLConfig`].
         reward_weights (`list[float]`, *optional*):
             One weight per reward function. If `None`, every function weighs 1.
         batch_size (`int`, *optional*, defaults to `8`):
             Number of prompts in a forward.
         cache_dir (`str` or `Path`, *optional*):
-            Folder to keep rewards and values in. If `None`, nothing is kept.
+            Folder to keep rewards, rollouts and values in. If `None`, nothing is kept.
         max_prompts (`int`, *optional*, defaults to `1024`):
-            Number of prompts that the value head is fitted on at most.
+            Number of prompts that the value head is fitted on, and that `"rollouts"` completes, at most.
+        num_generations (`int`, *optional*, defaults to `1`):
+            Number of completions per prompt that `"rollouts"` samples.
+        max_completion_length (`int`, *optional*, defaults to `256`):
+            Maximum length of these, in tokens.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the fit.
+            Seed of the fit and of the rollouts.
         **value_kwargs:
             Passed to [`~trl_lol.value.fit_value_head`]: `value_range`, `learning_rate`, `num_train_epochs`.
 
@@ -75,7 +88,8 @@ def estimate_advantages(
         The advantage of a completion that is not scored is null. There is no `value` with another baseline.
 
     Raises:
-        `ValueError`: If the rows have none of the accepted formats, or no rewards.
+        `ValueError`: If the rows have none of the accepted formats, or no rewards, or if `"rollouts"` are asked for
+            without reward functions that could score them.
 
     Example:
 
@@ -85,6 +99,12 @@ def estimate_advantages(
     ```
     """
     check_columns(dataset.column_names)
+    if value_source not in ("dataset", "rollouts"):
+        raise ValueError(f'`value_source={value_source!r}` is unknown. Use "dataset" or "rollouts".')
+    if value_source == "rollouts":
+        if baseline != "value":
+            raise ValueError(f'`value_source="rollouts"` is for a value, and `baseline={baseline!r}` has none.')
+        check_scores_rollouts(reward_funcs)
     if processing_class is None:
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         processing_class = AutoTokenizer.from_pretrained(model_id)
@@ -97,14 +117,11 @@ def estimate_advantages(
         # Says what is wrong with a row, too
         prompt_ids.append(tokenize_row(row, i, processing_class, tokenizer.eos_token)["prompt_ids"])
         rewards.append(as_group(row).rewards)
-    as_floats = [[math.nan if reward is None else float(reward) for reward in row] for row in rewards]
-    prompts, group_ids, flat = group_by_prompt_ids(prompt_ids, as_floats)
+    prompts, group_ids, flat = group_by_prompt_ids(prompt_ids, _with_nan(rewards))
     values = None
     if baseline == "value":
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model).to(PartialState().device)
-        means, counts = mean_rewards(flat, group_ids, len(prompts))
-        is_scored = (counts > 0).tolist()
         estimator = ValueEstimator(
             partial(_evaluating, model),
             cache_dir=cache_dir,
@@ -114,12 +131,24 @@ def estimate_advantages(
             seed=seed,
             **value_kwargs,
         )
-        values = torch.empty(len(prompts))
-        values[is_scored] = estimator.fit([*compress(prompts, is_scored)], means[is_scored], counts[is_scored])
-        if not all(is_scored):
-            others = [not x for x in is_scored]
-            values[others] = estimator.predict_sharded([*compress(prompts, others)], "unscored")
-        values = values[group_ids]
+        rewarded = prompts, *mean_rewards(flat, group_ids, len(prompts))
+        if value_source == "rollouts":
+            with _evaluating(model) as policy:
+                rewarded = score_rollouts(
+                    dataset,
+                    policy,
+                    reward_funcs,
+                    processing_class,
+                    reward_weights=reward_weights,
+                    num_prompts=max_prompts,
+                    num_generations=num_generations,
+                    max_completion_length=max_completion_length,
+                    batch_size=batch_size,
+                    seed=seed,
+                    cache_dir=cache_dir,
+                )
+        estimator.fit(*with_rewards(*rewarded))
+        values = estimator.predict_sharded(prompts, "train")[group_ids]
     advantages = sequence_advantages(flat, group_ids=group_ids, values=values, baseline=baseline)
     advantages = advantages.masked_fill(flat.isnan(), math.nan)
 
@@ -133,6 +162,110 @@ def estimate_advantages(
     for name, column in columns.items():
         dataset = dataset.add_column(name, column)
     return dataset
+
+
+def score_rollouts(
+    dataset: Dataset,
+    model: PreTrainedModel,
+    reward_funcs: RewardFunc | Sequence[RewardFunc] | None,
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    reward_weights: Sequence[float] | None = None,
+    num_prompts: int,
+    num_generations: int,
+    max_completion_length: int,
+    max_length: int | None = None,
+    batch_size: int,
+    seed: int,
+    cache_dir: str | Path | None,
+) -> tuple[list[list[int]], Tensor, Tensor]:
+    """
+    Let a policy complete prompts and score that: what a value head learns to foresee.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows of any accepted format. Their completions are not read.
+        model ([`~transformers.PreTrainedModel`]):
+            The policy, in eval mode.
+        reward_funcs (`Callable` or `list[Callable]`):
+            Reward functions.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+        reward_weights, num_generations, max_completion_length, batch_size, seed, cache_dir:
+            See [`estimate_advantages`].
+        num_prompts (`int`):
+            Number of distinct prompts to complete at most, chosen at random.
+        max_length (`int`, *optional*):
+            Prompts of so many tokens or more are left out, as in training.
+
+    Returns:
+        `tuple[list[list[int]], torch.Tensor, torch.Tensor]`: The tokens of the distinct prompts, the mean reward of
+        each one's completions, and the number of those that are scored, of shape `(num_prompts,)`.
+
+    Raises:
+        `ValueError`: If there are no reward functions, or if one of them reads the rewards of other completions.
+    """
+    check_scores_rollouts(reward_funcs)
+    rows = dataset.with_format(None)
+    asked: dict[str, int] = {}
+    for i, row in enumerate(rows):
+        prompt = [as_group(row).prompt, row.get("tools"), row.get("chat_template_kwargs")]
+        asked.setdefault(json.dumps(prompt, sort_keys=True, default=str), i)
+    order = torch.randperm(len(asked), generator=torch.Generator().manual_seed(seed))[:num_prompts].sort().values
+    positions = list(asked.values())
+    rows = rows.select([positions[i] for i in order])
+    if "prompt" not in rows.column_names:
+        rows = rows.add_column("prompt", [as_group(row).prompt for row in rows])
+    # The prompts have the tokens that they have in training
+    prompt_ids = [tokenize_prompt(row["prompt"], row, processing_class) for row in rows]
+    if max_length is not None:
+        kept = [i for i, ids in enumerate(prompt_ids) if len(ids) < max_length]
+        rows, prompt_ids = rows.select(kept), [prompt_ids[i] for i in kept]
+    rows = sample_completions(
+        rows,
+        model,
+        processing_class,
+        num_generations,
+        max_new_tokens=max_completion_length,
+        batch_size=batch_size,
+        seed=seed,
+        cache_dir=cache_dir,
+    )
+    rows = score_dataset(rows, reward_funcs, reward_weights, processing_class, cache_dir=cache_dir)
+    prompts, group_ids, rewards = group_by_prompt_ids(prompt_ids, _with_nan(rows["rewards"]))
+    return prompts, *mean_rewards(rewards, group_ids, len(prompts))
+
+
+def check_scores_rollouts(reward_funcs: RewardFunc | Sequence[RewardFunc] | None) -> None:
+    """Check that there are reward functions, and that they can score completions that are not in the dataset."""
+    if reward_funcs is None:
+        raise ValueError(
+            '`value_source="rollouts"` scores completions of the policy, and there are no `reward_funcs` to do it '
+            'with: the rewards in the dataset are of other completions. Pass them, or set `value_source="dataset"`.'
+        )
+    if logged := [func.column for func in _parts(reward_funcs) if isinstance(func, ColumnReward)]:
+        raise ValueError(
+            f"`ColumnReward({logged[0]!r})` has rewards for the completions in the dataset, and none for the policy's "
+            'own, which `value_source="rollouts"` scores. Pass a reward function that can score any completion, or '
+            'set `value_source="dataset"`.'
+        )
+
+
+def _parts(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> Iterator[RewardFunc]:
+    """The functions, and those that they are made of."""
+    for func in reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]:
+        yield func
+        yield from _parts(getattr(func, "reward_funcs", []))
+
+
+def _with_nan(rewards: Iterable[Rewards]) -> list[list[float]]:
+    return [[math.nan if reward is None else float(reward) for reward in row] for row in rewards]
+
+
+def with_rewards(prompts: list[list[int]], means: Tensor, counts: Tensor) -> tuple[list[list[int]], Tensor, Tensor]:
+    """The prompts that have a scored completion, with their mean rewards and the numbers of those."""
+    scored = counts > 0
+    return [*compress(prompts, scored.tolist())], means[scored], counts[scored]
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Completions of a policy and their log-probabilities, without a trace in the training that goes on around them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ._cache import cached, model_key
-from ._trl import pad, tokenize
-from .data import PREFERENCE_REWARDS, Messages
+from ._trl import pad
+from .data import PREFERENCE_REWARDS, Messages, tokenize_prompt
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def generate_completions(
     Raises:
         `ValueError`: If a prompt has no tokens, or a field of the generation config is unknown.
     """
-    prompt_ids = _encode(processing_class, prompts)
+    prompt_ids = _encode(processing_class, prompts, [{}] * len(prompts))
     completion_ids = _generate(
         model, processing_class, prompt_ids, max_new_tokens, temperature, batch_size, seed, **generation_kwargs
     )
@@ -110,7 +110,7 @@ def sample_completions(
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Rows with a `prompt`, as text or as messages.
+            Rows with a `prompt`, as text or as messages; `tools` and `chat_template_kwargs` go to the chat template.
         model ([`~transformers.PreTrainedModel`]):
             Policy to sample from, not wrapped for distributed training. Each rank holds all of it.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
@@ -136,8 +136,8 @@ def sample_completions(
         completions and their rewards.
 
     Raises:
-        `ValueError`: If there is no `prompt` column, if a prompt has no tokens, if `num_completions` is less than 1,
-            or if the rows have `tools` or `chat_template_kwargs`, which are not passed on to the chat template.
+        `ValueError`: If there is no `prompt` column, if a prompt has no tokens, or if `num_completions` is less than
+            1.
 
     Example:
 
@@ -151,17 +151,14 @@ def sample_completions(
             f"The dataset's columns are {', '.join(dataset.column_names)}. Sampling needs a `prompt`: rename the "
             "column that holds it."
         )
-    if unused := {"tools", "chat_template_kwargs"} & set(dataset.column_names):
-        raise ValueError(
-            f"The dataset has {' and '.join(sorted(unused))}, and sampling leaves them out of the prompts while "
-            "training does not. Drop these columns, or sample with a tool of your own."
-        )
     if not len(dataset):
         raise ValueError("The dataset is empty, so there are no prompts to complete.")
     if num_completions < 1:
         raise ValueError(f"`num_completions={num_completions}` must be at least 1.")
-    prompts = list(dataset.with_format(None)["prompt"])
-    prompt_ids = _encode(processing_class, prompts)
+    rows = dataset.with_format(None)
+    rows = rows.select_columns([n for n in ("prompt", "tools", "chat_template_kwargs") if n in rows.column_names])
+    prompts = list(rows["prompt"])
+    prompt_ids = _encode(processing_class, prompts, rows)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, **generation_kwargs}
 
     def compute() -> dict[str, Tensor]:
@@ -209,12 +206,10 @@ def _eos_ids(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) 
     return sorted({_tokenizer(processing_class).eos_token_id, *declared} - {None})
 
 
-def _encode(processing_class: PreTrainedTokenizerBase, prompts: Sequence[str | Messages]) -> list[list[int]]:
-    encoded = [
-        tokenize(processing_class, prompt, **({} if isinstance(prompt, str) else {"add_generation_prompt": True}))
-        for prompt in prompts
-    ]
-    prompt_ids = [list(prompt["input_ids"]) for prompt in encoded]
+def _encode(
+    processing_class: PreTrainedTokenizerBase, prompts: Sequence[str | Messages], rows: Iterable[Mapping[str, Any]]
+) -> list[list[int]]:
+    prompt_ids = [tokenize_prompt(prompt, row, processing_class) for prompt, row in zip(prompts, rows, strict=True)]
     if not all(prompt_ids):
         raise ValueError(f"Prompt {prompt_ids.index([])} has no tokens, so there is nothing to continue. Drop it.")
     return prompt_ids

@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +146,9 @@ def predict_values(heads: Sequence[PromptValueHead], hidden_states: Sequence[Ten
     """
     values = []
     for start in range(0, len(hidden_states), batch_size):
-        batch = hidden_states[start : start + batch_size]
+        batch = [h.to(heads[0].query.device) for h in hidden_states[start : start + batch_size]]
         mask = pad_sequence([h.new_ones(len(h)) for h in batch], batch_first=True)
-        padded = pad_sequence(list(batch), batch_first=True)
+        padded = pad_sequence(batch, batch_first=True)
         with torch.no_grad(), torch.autocast(padded.device.type, enabled=False):
             values.append(torch.stack([head.eval()(padded, mask) for head in heads]).mean(0))
     return torch.cat(values)
@@ -164,6 +165,7 @@ def fit_value_head(
     batch_size: int = 16,
     validation_fraction: float = 0.2,
     seed: int = 0,
+    device: str | torch.device | None = None,
     desc: str | None = None,
 ) -> PromptValueHead:
     """
@@ -189,13 +191,15 @@ def fit_value_head(
             mean, takes part in the choice. With `0.0` the prompts that are fitted choose.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the initialisation, the order and the dropout. The global random state is left as it was.
+        device (`str` or `torch.device`, *optional*):
+            Device to fit on. If `None`, it is that of the hidden states.
         desc (`str`, *optional*):
             What the progress bar says. No bar if `None`.
 
     Returns:
-        [`PromptValueHead`]: The fitted head, in eval mode, on the device of the hidden states.
+        [`PromptValueHead`]: The fitted head, in eval mode, on the device that it was fitted on.
     """
-    device = hidden_states[0].device
+    device = hidden_states[0].device if device is None else torch.device(device)
     rewards = rewards.to(device, torch.float32)
     weights = torch.ones_like(rewards) if weights is None else weights.to(device, torch.float32)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -217,7 +221,7 @@ def fit_value_head(
         optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate)
 
         def loss(rows: list[int]) -> Tensor:
-            batch = [hidden_states[i] for i in rows]
+            batch = [hidden_states[i].to(device) for i in rows]
             mask = pad_sequence([torch.ones(len(h), device=device) for h in batch], batch_first=True)
             errors = (head(pad_sequence(batch, batch_first=True), mask) - rewards[rows]) / head.reward_std
             return (weights[rows] * errors.square()).sum()
@@ -321,7 +325,8 @@ class ValueEstimator:
         batch_size (`int`, *optional*, defaults to `8`):
             Number of prompts in a forward of the policy.
         max_prompts (`int`, *optional*, defaults to `1024`):
-            Number of prompts that the heads are fitted on at most. Their hidden states are held in memory on rank 0.
+            Number of prompts that the heads are fitted on at most. Their hidden states are held in the host's memory
+            on rank 0.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the choice of prompts and of the fit.
         **fit_kwargs:
@@ -348,9 +353,10 @@ class ValueEstimator:
         self.heads: list[PromptValueHead] = []
         self.cross_fitted: dict[tuple[int, ...], float] = {}
 
-    def fit(self, prompt_ids: Sequence[list[int]], rewards: Tensor, weights: Tensor | None = None) -> Tensor:
+    def fit(self, prompt_ids: Sequence[list[int]], rewards: Tensor, weights: Tensor | None = None) -> None:
         """
-        Fit the heads, and predict each prompt with a head that has not seen it.
+        Fit the heads on `max_prompts` of the prompts. From then on these have the value of the head that has not seen
+        them.
 
         Args:
             prompt_ids (`Sequence[list[int]]`):
@@ -359,12 +365,9 @@ class ValueEstimator:
                 Mean reward of each prompt's completions, of shape `(num_prompts,)`.
             weights (`torch.Tensor`, *optional*):
                 Number of completions behind each mean, of shape `(num_prompts,)`.
-
-        Returns:
-            `torch.Tensor`: One value per prompt, of shape `(num_prompts,)`.
         """
         order = torch.randperm(len(prompt_ids), generator=torch.Generator().manual_seed(self.fit_kwargs["seed"]))
-        fitted, others = order[: self.max_prompts].sort().values, order[self.max_prompts :].sort().values
+        fitted = order[: self.max_prompts].sort().values
         weights = torch.ones_like(rewards) if weights is None else weights
         self.key = (self.key, [prompt_ids[i] for i in fitted], rewards[fitted].tolist(), weights[fitted].tolist())
 
@@ -376,23 +379,26 @@ class ValueEstimator:
                 prompts = [prompt_ids[i] for i in fitted]
                 for batch, states in prompt_hidden_states(model, prompts, self.batch_size, "Reading prompts"):
                     for position, state in zip(batch, states, strict=True):
-                        hidden_states[position] = state if is_main else hidden_states[position]
+                        # On the host: those of 1024 prompts take as much as a whole model
+                        hidden_states[position] = state.cpu() if is_main else hidden_states[position]
+                device = model.device
             if not is_main:
                 return {}
             heads, values = cross_fit_values(
-                hidden_states, rewards[fitted], weights[fitted], desc="Fitting value head", **self.fit_kwargs
+                hidden_states,
+                rewards[fitted],
+                weights[fitted],
+                device=device,
+                desc="Fitting value head",
+                **self.fit_kwargs,
             )
             states = {f"{i}.{name}": t for i, head in enumerate(heads) for name, t in head.state_dict().items()}
             return {"values": values, **states}
 
         tensors = cached(self.cache_dir, "value_head", self.key, compute)
-        values = torch.empty(len(prompt_ids))
-        values[fitted] = tensors.pop("values")
-        self.cross_fitted = {tuple(prompt_ids[i]): values[i].item() for i in fitted}
+        values = tensors.pop("values").tolist()
+        self.cross_fitted = {tuple(prompt_ids[i]): value for i, value in zip(fitted, values, strict=True)}
         self.heads = [self._head(tensors, i) for i in range(len({name.split(".")[0] for name in tensors}))]
-        if len(others):
-            values[others] = self.predict_sharded([prompt_ids[i] for i in others], "train")
-        return values
 
     def _head(self, tensors: dict[str, Tensor], index: int) -> PromptValueHead:
         prefix = f"{index}."
@@ -426,7 +432,7 @@ class ValueEstimator:
 
     def predict_sharded(self, prompt_ids: Sequence[list[int]], name: str) -> Tensor:
         """
-        Predict prompts, each rank a part of them.
+        Predict prompts, each rank a part of those that the heads were not fitted on.
 
         Args:
             prompt_ids (`Sequence[list[int]]`):
@@ -438,17 +444,23 @@ class ValueEstimator:
             `torch.Tensor`: One value per prompt, of shape `(num_prompts,)`.
         """
 
+        values = torch.tensor([self.cross_fitted.get(tuple(ids), math.nan) for ids in prompt_ids])
+        unseen = values.isnan().nonzero().view(-1).tolist()
+
         def compute() -> dict[str, Tensor]:
             state = PartialState()
-            order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
+            order = sorted(unseen, key=lambda i: -len(prompt_ids[i]))
             # Every rank gets as many prompts, the first ones twice if need be: a forward may be collective (ZeRO-3)
-            order += order[: -len(order) % state.num_processes]
-            mine = order[state.process_index :: state.num_processes]
+            size = math.ceil(len(order) / state.num_processes) * state.num_processes
+            mine = list(islice(cycle(order), state.process_index, size, state.num_processes))
             predicted = self.predict([prompt_ids[i] for i in mine], f"Estimating values of {name} dataset")
-            values = dict(gather_object(list(zip(mine, predicted.tolist(), strict=True))))
-            return {"values": torch.tensor([values[i] for i in range(len(prompt_ids))])}
+            found = dict(gather_object(list(zip(mine, predicted.tolist(), strict=True))))
+            return {"values": torch.tensor([found[i] for i in unseen])}
 
-        return cached(self.cache_dir, f"values_{name}", (self.key, list(prompt_ids)), compute)["values"]
+        if unseen:
+            key = self.key, [prompt_ids[i] for i in unseen]
+            values[unseen] = cached(self.cache_dir, f"values_{name}", key, compute)["values"]
+        return values
 
 
 class StateValueHead(nn.Module):

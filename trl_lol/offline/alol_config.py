@@ -48,14 +48,21 @@ class ALoLConfig(_OfflineRewardConfig):
 
         value_source (`str`, *optional*, defaults to `"auto"`):
             Where the rewards come from that the value head is fitted on. `"dataset"`: the logged completions of the
+            training prompts, which cost nothing, and whose mean is the reference policy's value if the policy could
+            have written them. `"rollouts"`: the reference policy's own completions, sampled before training and scored
+            with the `reward_funcs`, as in the paper; of the evaluation prompts where there are any, else of the
             training prompts. `"auto"` picks `"dataset"`.
+        value_num_generations (`int`, *optional*, defaults to `1`):
+            Number of completions per prompt that `"rollouts"` samples.
+        value_max_completion_length (`int`, *optional*, defaults to `256`):
+            Maximum length of these, in tokens.
         value_learning_rate (`float`, *optional*):
             Learning rate of the value head. If `None`, it is 0.02 / √hidden_size.
         value_num_train_epochs (`int`, *optional*, defaults to `10`):
             Number of passes over the prompts that the head is fitted on. The best one is kept.
         value_max_prompts (`int`, *optional*, defaults to `1024`):
-            Number of prompts that the head is fitted on at most. Their hidden states are held in memory:
-            `value_max_prompts` × prompt tokens × hidden size numbers.
+            Number of prompts that the head is fitted on, and that `"rollouts"` completes, at most. Their hidden states
+            are held in the host's memory: `value_max_prompts` × prompt tokens × hidden size numbers.
         value_range (`list[float]`, *optional*):
             Lowest and highest value of a bounded reward: the head ends in a sigmoid scaled to this range, as in the
             paper. If `None`, it is linear.
@@ -129,9 +136,16 @@ class ALoLConfig(_OfflineRewardConfig):
         default="auto",
         metadata={
             "help": "Where the rewards come from that the value head is fitted on. `'dataset'`: the logged "
-            "completions of the training prompts. `'auto'` picks `'dataset'`.",
-            "choices": ["auto", "dataset"],
+            "completions of the training prompts. `'rollouts'`: the reference policy's own completions, scored with "
+            "the `reward_funcs`, of the evaluation prompts where there are any. `'auto'` picks `'dataset'`.",
+            "choices": ["auto", "dataset", "rollouts"],
         },
+    )
+    value_num_generations: int = field(
+        default=1, metadata={"help": "Number of completions per prompt that `'rollouts'` samples."}
+    )
+    value_max_completion_length: int = field(
+        default=256, metadata={"help": "Maximum length, in tokens, of the completions that `'rollouts'` samples."}
     )
     value_learning_rate: float | None = field(
         default=None,
@@ -144,8 +158,8 @@ class ALoLConfig(_OfflineRewardConfig):
     value_max_prompts: int = field(
         default=1024,
         metadata={
-            "help": "Number of prompts that the value head is fitted on at most. Their hidden states are held in "
-            "memory."
+            "help": "Number of prompts that the value head is fitted on, and that `'rollouts'` completes, at most. "
+            "Their hidden states are held in the host's memory."
         },
     )
     value_range: list[float] | None = field(
@@ -173,6 +187,12 @@ class ALoLConfig(_OfflineRewardConfig):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown. Use one of {choices}.")
+        if self.uses_rollouts and not (self.uses_advantages and self.baseline == "value"):
+            raise ValueError(
+                '`value_source="rollouts"` is for advantages over a value, and '
+                f"{f'`baseline={self.baseline!r}`' if self.uses_advantages else f'`loss_type={self.loss_type}`'} has "
+                "none. Remove one of them."
+            )
         if self.uses_priority_sampling and self.train_sampling_strategy != "random":
             raise ValueError(
                 f"`train_sampling_strategy={self.train_sampling_strategy!r}` has its own order, which priority "
@@ -199,6 +219,11 @@ class ALoLConfig(_OfflineRewardConfig):
     def uses_advantages(self) -> bool:
         """Whether any loss type weights by the advantage. If not, every row is used, uniformly."""
         return any(t.startswith("alol") for t in self.loss_type)
+
+    @property
+    def uses_rollouts(self) -> bool:
+        """Whether the value head is fitted on the reference policy's own completions."""
+        return self.value_source == "rollouts"
 
     @property
     def filters_advantages(self) -> bool:

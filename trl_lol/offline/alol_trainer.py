@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..advantages import mean_rewards, priority_weights, sequence_advantages
 from ..data import flatten_groups
-from ..estimation import group_by_prompt_ids
+from ..estimation import check_scores_rollouts, group_by_prompt_ids, score_rollouts, with_rewards
 from ..losses import alol_loss, importance_ratio
 from ..report import AdvantageReport
 from ..value import ValueEstimator
@@ -88,6 +89,8 @@ class ALoLTrainer(_OfflineRewardTrainer):
     }
 
     advantage_report: AdvantageReport | None = None
+    # The datasets as they were passed, whose prompts are completed when the values come from rollouts
+    _rows: dict[str, Dataset | IterableDataset] = {}  # noqa: RUF012
 
     def _loss(
         self, logps: Tensor, ref_logps: Tensor, mask: Tensor, inputs: dict[str, Tensor]
@@ -129,6 +132,18 @@ class ALoLTrainer(_OfflineRewardTrainer):
         return priority_weights(torch.tensor([advantages[0] for advantages in dataset["advantages"]]))
 
     # ---- Advantages ----
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: ALoLConfig,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        if args.uses_rollouts and not self._constructed:
+            check_scores_rollouts(self.reward_funcs)
+            self._rows = {**self._rows, dataset_name: dataset}
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     @cached_property
     def value_estimator(self) -> ValueEstimator:
@@ -215,7 +230,11 @@ class ALoLTrainer(_OfflineRewardTrainer):
                 f"All {len(rewards)} rewards are {rewards[0]:.4g}: no completion is better than the policy's value of "
                 'its prompt. Check the rewards, or set `baseline="none"` to train on every completion alike.'
             )
-        means, counts = mean_rewards(rewards, group_ids, len(prompts))
+        rewarded = prompts, *mean_rewards(rewards, group_ids, len(prompts))
+        if self.args.uses_rollouts:
+            rewarded = self._score_rollouts()
+        rewarded = with_rewards(*rewarded)
+        _, means, _ = rewarded
         if (value_range := self.args.value_range) and not (
             value_range[0] <= means.min() <= means.max() <= value_range[1]
         ):
@@ -223,7 +242,33 @@ class ALoLTrainer(_OfflineRewardTrainer):
                 f"`value_range={value_range}` does not hold the rewards, whose means by prompt go from "
                 f"{means.min():.4g} to {means.max():.4g}. Widen it, or set it to `None`."
             )
-        return self.value_estimator.fit(prompts, means, counts)
+        self.value_estimator.fit(*rewarded)
+        return self.value_estimator.predict_sharded(prompts, "train")
+
+    def _score_rollouts(self) -> tuple[list[list[int]], Tensor, Tensor]:
+        """Prompts with the mean rewards of the reference policy's own completions."""
+        args = self.args
+        # The policy has seen nothing of the evaluation prompts that the training prompts do not show
+        held_out = [dataset for name, dataset in self._rows.items() if name != "train"]
+        rows = [
+            dataset if isinstance(dataset, Dataset) else Dataset.from_list([*islice(dataset, args.value_max_prompts)])
+            for dataset in held_out or self._rows.values()
+        ]
+        with self._reference_policy() as model:
+            return score_rollouts(
+                concatenate_datasets(rows),
+                model,
+                self.reward_funcs,
+                self.processing_class,
+                reward_weights=args.reward_weights,
+                num_prompts=args.value_max_prompts,
+                num_generations=args.value_num_generations,
+                max_completion_length=args.value_max_completion_length,
+                max_length=args.max_length,
+                batch_size=args.per_device_eval_batch_size,
+                seed=args.seed,
+                cache_dir=self.cache_dir,
+            )
 
     def _report(self, rewards: Tensor, advantages: Tensor, dataset: Dataset) -> None:
         args = self.args

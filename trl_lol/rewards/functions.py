@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
 from .._cache import written_beside
@@ -187,19 +188,21 @@ def standardize(
         dataset ([`~datasets.Dataset`], *optional*):
             Rows of any accepted format, whose completions are scored for it.
         mean (`float`, *optional*):
-            Mean, where it is known already.
+            Mean, in place of a dataset.
         std (`float`, *optional*):
             Standard deviation, likewise.
         path (`str` or `Path`, *optional*):
-            JSON file of the run to keep both in. If it is there, it is read, and nothing is scored.
+            JSON file of the run to keep both in. If it is there, it is read, and nothing is scored: a run that is
+            resumed, with another dataset even, keeps its scale.
 
     Returns:
         `Callable`: A reward function; async if `reward_func` is.
 
     Raises:
         `TypeError`: If something other than a reward function is given.
-        `ValueError`: If there is neither a dataset, nor mean and standard deviation, nor a file, or if the rewards do
-            not differ.
+        `ValueError`: If there is neither a dataset, nor mean and standard deviation, nor a file; if there is a dataset
+            as well as a mean or a standard deviation, or a file that holds other ones; or if the rewards do not
+            differ.
 
     Example:
 
@@ -209,10 +212,20 @@ def standardize(
     ```
     """
     funcs, _ = check_reward_funcs([reward_func], None)
+    if dataset is not None and (mean, std) != (None, None):
+        raise ValueError("`standardize` takes a dataset, or `mean` and `std`, and not both.")
     path = None if path is None else Path(path)
-    if path is not None and path.exists():
-        scale = json.loads(path.read_text())
-        mean, std = scale["mean"], scale["std"]
+    is_main = PartialState().is_main_process
+    saved = [json.loads(path.read_text()) if is_main and path is not None and path.exists() else None]
+    (saved,) = broadcast_object_list(saved)  # process 0 decides: the others may not see its files
+    if saved is not None:
+        for name, value in (("mean", mean), ("std", std)):
+            if value not in (None, saved[name]):
+                raise ValueError(
+                    f"`{name}={value}`, but {path} holds the {name} {saved[name]} of this run. Remove the argument to "
+                    "go on with that, or the file to begin anew."
+                )
+        mean, std = saved["mean"], saved["std"]
     elif dataset is not None:
         rewards = [r for row in completion_rewards(score_dataset(dataset, reward_func)) for r in row if r is not None]
         if not rewards:
@@ -222,7 +235,7 @@ def standardize(
         raise ValueError("`standardize` needs a dataset, or `mean` and `std`, or a `path` that it was saved to.")
     if not std > 0:
         raise ValueError(f"`std={std}`: rewards that do not differ cannot be standardised.")
-    if path is not None and not path.exists() and PartialState().is_main_process:
+    if path is not None and saved is None and is_main:
         with written_beside(path) as beside:
             beside.write_text(json.dumps({"mean": mean, "std": std}) + "\n")
     PartialState().wait_for_everyone()

@@ -1,8 +1,10 @@
 """Metrics of the `evaluate` library as reward functions."""
 
 import inspect
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
+from ..data import Messages
 from .calling import Rewards
 from .models import as_text
 
@@ -22,8 +24,8 @@ class MetricReward:
         key (`str`):
             Which of its results is the reward, such as `"rougeL"`.
         references (`str`, *optional*):
-            Column of the dataset with the reference of each row: a text, messages, or a list of texts. If `None`, the
-            metric takes predictions alone.
+            Column of the dataset with the reference of each row: a text, messages, or a list of texts. A completion
+            whose reference is null or an empty list is not scored. If `None`, the metric takes predictions alone.
         **kwargs:
             Passed to `metric.compute`. With what makes a metric return one score per example (`use_aggregator=False`
             for ROUGE), it is called once for a batch, else once for each completion.
@@ -53,24 +55,29 @@ class MetricReward:
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> Rewards:
         batch = {"predictions": [as_text(completion) for completion in completions]}
+        is_scored = [True] * len(completions)
         if self.references is not None:
             if self.references not in columns:
                 raise ValueError(
                     f"`MetricReward` finds no column {self.references!r} with references; the columns are "
                     f"{', '.join(map(repr, sorted(columns))) or 'none'}."
                 )
-            # A list of texts is several references of one completion
-            is_text = [isinstance(r, str) or isinstance(r[0], dict) for r in columns[self.references]]
-            batch["references"] = [
-                as_text(r) if text else r for r, text in zip(columns[self.references], is_text, strict=True)
-            ]
-        rows = [{name: values[i : i + 1] for name, values in batch.items()} for i in range(len(completions))]
+            references = columns[self.references]
+            is_scored = [reference is not None and reference != [] for reference in references]
+            batch = {"predictions": [*compress(batch["predictions"], is_scored)]}
+            batch["references"] = [_as_reference(reference) for reference in compress(references, is_scored)]
+        scores = iter(self._score(batch))
+        return [next(scores) if x else None for x in is_scored]
+
+    def _score(self, batch: dict[str, list]) -> Rewards:
+        num_rows = len(batch["predictions"])
+        rows = [{name: values[i : i + 1] for name, values in batch.items()} for i in range(num_rows)]
         scores = None
         if self._is_batched is None and len(rows) > 1:  # of one completion, a list of one may be anything
             scores = self._compute(batch)
             # As many entries as completions may be chance, such as BLEU's four precisions
             self._is_batched = _has_length(scores, len(rows)) and _has_length(self._compute(rows[0]), 1)
-        if self._is_batched:
+        if self._is_batched and rows:
             return self._compute(batch) if scores is None else scores
         return [self._number(self._compute(row)) for row in rows]
 
@@ -78,7 +85,14 @@ class MetricReward:
     def cache_key(self) -> Any:
         """What the scores depend on."""
         name = getattr(self.metric, "config_name", None)
-        return "MetricReward", inspect.getsource(type(self.metric)), name, self.key, self.references, self.kwargs
+        return (
+            "MetricReward",
+            inspect.getsource(inspect.getmodule(type(self.metric))),
+            name,
+            self.key,
+            self.references,
+            self.kwargs,
+        )
 
     def _number(self, score: Any) -> float | None:
         """The score of a single completion."""
@@ -94,6 +108,11 @@ class MetricReward:
             raise ValueError(f"The metric returns {', '.join(map(repr, results))}, and not {self.key!r}.")
         score = results[self.key]
         return score.tolist() if hasattr(score, "tolist") else score
+
+
+def _as_reference(reference: str | Messages | list[str]) -> str | list[str]:
+    is_texts = isinstance(reference, list) and isinstance(reference[0], str)  # several references of one completion
+    return reference if is_texts else as_text(reference)
 
 
 def _has_length(scores: Any, length: int) -> bool:

@@ -1,7 +1,11 @@
 """Reward models and classifiers as reward functions."""
 
+import copy
 import json
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +42,28 @@ class RewardModel:
     it is given.
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+        model (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The model, its id, or a folder with it; the id or folder of a LoRA adapter will do.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Its tokenizer. If `None`, it is loaded from where the model is.
+            Its tokenizer. If `None`, it is loaded from where the model is; that of an adapter without one from where
+            its base model is.
         batch_size (`int`, *optional*, defaults to `16`):
             Number of sequences in a forward. Those of like length are put together; the scores do not depend on it.
         device (`str` or `torch.device`, *optional*):
-            Device to put the model on. If `None`, it is this process's, or where the model already is on a GPU.
+            Device to put the model on. If `None`, it is this process's. A model that is on a GPU already, quantised,
+            or loaded with a `device_map` stays where it is.
         max_length (`int`, *optional*):
             Number of tokens of a sequence at most. Prompts lose their beginning to fit it; a completion that does not
-            fit by itself is not scored. If `None`, it is the length that the model has positions for.
+            fit by itself is not scored. If `None`, it is the length that the tokenizer states or that the model has
+            positions for, whichever is smaller.
         **model_init_kwargs:
             Passed to `from_pretrained` when the model is loaded: `quantization_config`, `dtype` (bfloat16 on a GPU by
-            default, else float32), `attn_implementation`, …
+            default, else float32), `device_map` (`device` by default), `attn_implementation`, …
 
     Raises:
-        `ValueError`: If the model has more than one label, or if there is no padding token and no EOS token.
+        `ValueError`: If the model has more than one label, if there is no tokenizer, or if that has no padding token
+            and no EOS token.
+        `TypeError`: If there are `model_init_kwargs` for a model that is loaded already.
 
     Example:
 
@@ -66,7 +75,7 @@ class RewardModel:
 
     def __init__(
         self,
-        model: "str | PreTrainedModel | Any",
+        model: "str | Path | PreTrainedModel | Any",
         tokenizer: PreTrainedTokenizerBase | None = None,
         batch_size: int = 16,
         device: str | torch.device | None = None,
@@ -76,6 +85,9 @@ class RewardModel:
         device = PartialState().device if device is None else torch.device(device)
         if isinstance(model, str | Path):
             model_id, model = str(model), _load(str(model), device, model_init_kwargs)
+        elif model_init_kwargs:
+            names = ", ".join(f"`{name}`" for name in model_init_kwargs)
+            raise TypeError(f"{names}: for loading a reward model, and this one is loaded already.")
         else:
             model_id = get_config_model_id(model.config)
         if model.config.num_labels != 1:
@@ -84,16 +96,16 @@ class RewardModel:
                 "language model has to be trained into a reward model first (`trl.RewardTrainer`); of a classifier, "
                 "`ClassifierReward` takes the probability of a label."
             )
-        self.tokenizer = AutoTokenizer.from_pretrained(model_id) if tokenizer is None else tokenizer
+        self.tokenizer = _load_tokenizer(model_id, model) if tokenizer is None else tokenizer
         self.pad_token_id = self.tokenizer.pad_token_id
         if self.pad_token_id is None:
             self.pad_token_id = self.tokenizer.eos_token_id
         if self.pad_token_id is None:
             raise ValueError(f"The tokenizer of the reward model {model_id} has no padding token. Set `pad_token`.")
-        config = model.config.get_text_config()
-        config.pad_token_id = self.pad_token_id  # by which the model finds the last token
-        self.max_length = getattr(config, "max_position_embeddings", None) if max_length is None else max_length
-        if not getattr(model, "hf_quantizer", None) and model.device.type in ("cpu", "meta"):
+        model.config.get_text_config().pad_token_id = self.pad_token_id  # by which the model finds the last token
+        self.max_length = _longest(model, self.tokenizer) if max_length is None else max_length
+        is_placed = any(getattr(model, name, None) for name in ("hf_device_map", "hf_quantizer"))
+        if not is_placed and model.device.type == "cpu":
             model.to(device)
         self.model = model.eval()
         self.batch_size = batch_size
@@ -129,16 +141,7 @@ class RewardModel:
         if self.max_length is None or len(ids) <= self.max_length:
             return list(ids)
         prompt_ids = tokenize(self.tokenizer, prompt, **prompt_kwargs)["input_ids"]
-        # Encoders read the score off the first token
-        begin = list(ids[:1]) if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else []
-        num_completion_tokens = len(ids) - common_prefix_length(prompt_ids, ids)
-        if len(begin) + num_completion_tokens > self.max_length:
-            logger.warning_once(
-                f"A completion is longer than `max_length={self.max_length}` of the reward model. Such completions "
-                "are not scored."
-            )
-            return []
-        return begin + list(ids[len(begin) + len(ids) - self.max_length :])
+        return _cut_prompt(ids, prompt_ids, self.tokenizer, self.max_length)
 
     @torch.inference_mode()
     def _score(self, sequences: Sequence[list[int]]) -> Tensor:
@@ -160,10 +163,53 @@ class RewardModel:
 
 
 def _load(model: str, device: torch.device, kwargs: dict[str, Any]) -> PreTrainedModel:
-    kwargs = {"dtype": torch.float32 if device.type == "cpu" else torch.bfloat16, **kwargs}
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    kwargs = {"dtype": dtype, "device_map": {"": device}, **kwargs}
     if find_adapter_config_file(model) is not None:  # its base is a language model, whose config knows of no label
         return AutoPeftModelForSequenceClassification.from_pretrained(model, **{"num_labels": 1, **kwargs})
     return AutoModelForSequenceClassification.from_pretrained(model, **kwargs)
+
+
+def _load_tokenizer(model_id: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies with the model, or else with the base of an adapter."""
+    base_id = get_config_model_id(model.config)
+    for name in filter(None, dict.fromkeys([model_id, base_id])):
+        with suppress(OSError, ValueError):
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            # For some architectures, transformers makes one with special tokens alone where there are no files
+            if len(tokenizer) > len(tokenizer.all_special_ids):
+                if name != model_id:
+                    logger.warning(f"There is no tokenizer with {model_id}. Using that of its base model, {name}.")
+                return tokenizer
+    where = f"with the reward model {model_id}" if model_id else "known for a reward model that was made in memory"
+    raise ValueError(f"There is no tokenizer {where}. Pass the one that it was trained with as `tokenizer=`.")
+
+
+def _longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Number of tokens that a sequence may have. `None` if there is no limit."""
+    num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    # RoBERTa and its kin count positions from behind that of padding: 512 of 514 are left
+    tables = [module for name, module in model.named_modules() if name.split(".")[-1] == "position_embeddings"]
+    paddings = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
+    num_positions -= max(paddings, default=-1) + 1
+    # Tokenizers say 1e30 and XLNet says -1 where there is no limit
+    return min((n for n in (num_positions, tokenizer.model_max_length) if 0 < n < sys.maxsize), default=None)
+
+
+def _cut_prompt(
+    ids: Sequence[int], prompt_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[int]:
+    """The last of too many tokens of prompt and completion. Empty where the completion alone is too long."""
+    # Encoders read the score off the first token
+    begin = list(ids[:1]) if ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else []
+    num_completion_tokens = len(ids) - common_prefix_length(prompt_ids, ids)
+    if len(begin) + num_completion_tokens > max_length:
+        logger.warning_once(
+            f"A completion is longer than `max_length={max_length}` of the reward model. Such completions are not "
+            "scored."
+        )
+        return []
+    return begin + list(ids[len(begin) + len(ids) - max_length :])
 
 
 class ClassifierReward:
@@ -171,7 +217,7 @@ class ClassifierReward:
     Reward function that is the probability of a label, as a text classifier sees the completion.
 
     Args:
-        classifier (`str` or [`~transformers.Pipeline`]):
+        classifier (`str`, `Path` or [`~transformers.Pipeline`]):
             A text-classification pipeline, or the id or folder of a model for one.
         label (`str`):
             Name of the label.
@@ -179,8 +225,11 @@ class ClassifierReward:
             Whether the classifier reads the prompt's text before the completion's.
         batch_size (`int`, *optional*, defaults to `16`):
             Number of texts in a forward.
+        max_length (`int`, *optional*):
+            Number of tokens of a text at most, as in [`RewardModel`]: prompts lose their beginning to fit it, and a
+            completion that does not fit by itself is not scored.
         **kwargs:
-            Passed to the pipeline, such as `function_to_apply="none"` for the logit, or `max_length`.
+            Passed to the pipeline, such as `function_to_apply="none"` for the logit.
 
     Raises:
         `ValueError`: If the classifier has no such label.
@@ -194,27 +243,47 @@ class ClassifierReward:
     """
 
     def __init__(
-        self, classifier: str | Pipeline, label: str, with_prompt: bool = False, batch_size: int = 16, **kwargs: Any
+        self,
+        classifier: str | Path | Pipeline,
+        label: str,
+        with_prompt: bool = False,
+        batch_size: int = 16,
+        max_length: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        if isinstance(classifier, str):
-            classifier = pipeline("text-classification", model=classifier, device=PartialState().device)
+        if isinstance(classifier, str | Path):
+            classifier = pipeline("text-classification", model=str(classifier), device=PartialState().device)
         labels = list(classifier.model.config.id2label.values())
         if label not in labels:
             raise ValueError(f"The classifier has the labels {', '.join(map(repr, labels))}, and not {label!r}.")
-        self.classifier, self.label, self.with_prompt, self.batch_size = classifier, label, with_prompt, batch_size
-        self.kwargs = {"truncation": True, **kwargs}
-        num_positions = getattr(classifier.model.config, "max_position_embeddings", None)
-        if num_positions is not None and num_positions < classifier.tokenizer.model_max_length:
-            self.kwargs = {"max_length": num_positions, **self.kwargs}  # many tokenizers do not know it
+        self.classifier = copy.copy(classifier)
+        self.classifier.tokenizer = copy.deepcopy(classifier.tokenizer)
+        self.classifier.tokenizer.truncation_side = "left"
+        self.label, self.with_prompt, self.batch_size = label, with_prompt, batch_size
+        self.max_length = _longest(classifier.model, classifier.tokenizer) if max_length is None else max_length
+        self.kwargs = {"truncation": self.max_length is not None, "max_length": self.max_length, **kwargs}
         self.__name__ = label
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> Rewards:
         self.classifier.model.eval()  # which a pipeline leaves to whoever made the model
         texts = [as_text(completion) for completion in completions]
+        wholes = texts
         if self.with_prompt:
-            texts = [as_text(prompt + completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        outputs = self.classifier(texts, top_k=None, batch_size=self.batch_size, **self.kwargs)
-        return [next(score["score"] for score in scores if score["label"] == self.label) for scores in outputs]
+            wholes = [as_text(prompt + completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        fits = [self._fits(whole, text) for whole, text in zip(wholes, texts, strict=True)]
+        fitting = [*compress(wholes, fits)]
+        outputs = iter(self.classifier(fitting, top_k=None, batch_size=self.batch_size, **self.kwargs))
+        return [self._probability(next(outputs)) if is_scored else None for is_scored in fits]
+
+    def _fits(self, whole: str, completion: str) -> bool:
+        """Whether a text keeps all of its completion when it is cut."""
+        tokenizer = self.classifier.tokenizer
+        ids, prompt_ids = tokenizer([whole, whole.removesuffix(completion)], verbose=False)["input_ids"]
+        is_short = self.max_length is None or len(ids) <= self.max_length
+        return is_short or bool(_cut_prompt(ids, prompt_ids, tokenizer, self.max_length))
+
+    def _probability(self, scores: list[dict[str, Any]]) -> float:
+        return next(score["score"] for score in scores if score["label"] == self.label)
 
     @property
     def cache_key(self) -> Any:
