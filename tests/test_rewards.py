@@ -454,7 +454,15 @@ def test_null_survives_the_cache(tmp_path):
         assert scored["rewards"][:] == [[1.0, None], []]
 
 
-@pytest.mark.parametrize("change", ["rows", "another column", "functions", "weights", "tokenizer"])
+def test_other_weights_are_not(tmp_path):
+    """Lengths 1 and 3, and their negatives: weighted 1 and 2 they are −1 and −3, weighted 2 and 1 they are 1 and 3."""
+    for weights, expected in (([1.0, 2.0], [-1.0, -3.0]), ([2.0, 1.0], [1.0, 3.0])):
+        scored = score_dataset(group_dataset(), [length, minus_length], weights, cache_dir=tmp_path)
+        assert scored["rewards"][0] == expected
+    assert len(CALLS) == 1
+
+
+@pytest.mark.parametrize("change", ["rows", "another column", "functions", "tokenizer"])
 def test_changes_are_scored_anew(tmp_path, tokenizer, change):
     dataset, funcs, weights, processing_class = group_dataset(), [length, minus_length], [1.0, 2.0], None
     score_dataset(dataset, funcs, weights, processing_class, cache_dir=tmp_path)
@@ -464,8 +472,6 @@ def test_changes_are_scored_anew(tmp_path, tokenizer, change):
         dataset = dataset.add_column("tag", [1, 2])
     elif change == "functions":
         funcs = [length, only_short]
-    elif change == "weights":
-        weights = [2.0, 1.0]
     else:
         processing_class = tokenizer
     score_dataset(dataset, funcs, weights, processing_class, cache_dir=tmp_path)

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,37 @@ def cache_digest(key: Any) -> str:
     """Hash a key, as process 0 does it."""
     digest = [Hasher.hash(key)]
     return broadcast_object_list(digest)[0] if PartialState().num_processes > 1 else digest[0]
+
+
+class JsonLines:
+    """
+    Values in a folder, written one at a time, a file for each process. What was written before a process was killed is
+    there for those that come after it, in whatever number.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder, which is made for the first value.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def read(self) -> Iterator[Any]:
+        """All values, of all processes."""
+        for path in sorted(self.folder.glob("*.jsonl")):
+            for line in path.read_text().splitlines():
+                with suppress(json.JSONDecodeError):  # the last line of a process that was killed
+                    yield json.loads(line)
+
+    def write(self, value: Any) -> None:
+        """Add a value."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / f"{PartialState().process_index}.jsonl", "a") as file:
+            file.write("\n" + json.dumps(value) + "\n")  # a line of its own also behind half a line
+
+    def remove(self) -> None:
+        """Forget everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

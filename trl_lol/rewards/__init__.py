@@ -1,5 +1,6 @@
 """Reward functions in TRL's form: adapters, composition, and scoring a dataset with them."""
 
+from .caching import cache_rewards
 from .calling import RewardFunc, call_reward_funcs
 from .functions import ColumnReward, clip, sigmoid, standardize, weighted_sum
 from .metrics import MetricReward
@@ -13,6 +14,7 @@ __all__ = [
     "MetricReward",
     "RewardFunc",
     "RewardModel",
+    "cache_rewards",
     "call_reward_funcs",
     "clip",
     "score_dataset",

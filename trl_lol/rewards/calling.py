@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from time import perf_counter
 from typing import Any
 
 from torch import nn
@@ -62,6 +63,23 @@ def call_reward_funcs(
         `RuntimeError`: If a function raises; it names the function, and the original error is its cause.
     """
     funcs, weights = check_reward_funcs(reward_funcs, reward_weights)
+    called = call_each(funcs, prompts, completions, completion_ids, **columns)
+    return weighted_nansum([rewards for rewards, _ in called], weights)
+
+
+def call_each(
+    reward_funcs: Sequence[RewardFunc],
+    prompts: list,
+    completions: list,
+    completion_ids: list[list[int]] | None = None,
+    **columns: Any,
+) -> list[tuple[Rewards, float]]:
+    """
+    Call reward functions on a batch, as [`call_reward_funcs`] does.
+
+    Returns:
+        `list[tuple[list[float | None], float]]`: What each function returned, and the seconds that it took.
+    """
     kwargs = {
         "prompts": prompts,
         "completions": completions,
@@ -72,15 +90,23 @@ def call_reward_funcs(
         **columns,
     }
 
-    async def call_async_funcs() -> list[Rewards]:
-        return await asyncio.gather(*(call_async(func, **kwargs) for func in funcs if is_async_callable(func)))
+    def timed(func: RewardFunc) -> tuple[Rewards, float]:
+        start = perf_counter()
+        return call(func, **kwargs), perf_counter() - start
 
-    rewards_per_func = [None if is_async_callable(func) else call(func, **kwargs) for func in funcs]
-    if None in rewards_per_func:
+    async def timed_async(func: RewardFunc) -> tuple[Rewards, float]:
+        start = perf_counter()
+        return await call_async(func, **kwargs), perf_counter() - start
+
+    async def call_async_funcs() -> list[tuple[Rewards, float]]:
+        return await asyncio.gather(*(timed_async(func) for func in reward_funcs if is_async_callable(func)))
+
+    called = [None if is_async_callable(func) else timed(func) for func in reward_funcs]
+    if None in called:
         loop = _event_loop(os.getpid())
         awaited = iter(asyncio.run_coroutine_threadsafe(call_async_funcs(), loop).result())
-        rewards_per_func = [next(awaited) if rewards is None else rewards for rewards in rewards_per_func]
-    return weighted_nansum(rewards_per_func, weights)
+        called = [next(awaited) if result is None else result for result in called]
+    return called
 
 
 @cache

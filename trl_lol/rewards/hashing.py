@@ -42,9 +42,11 @@ def _keys(reward_func: Any) -> Any:
         return [_keys(func) for func in reward_func]
     if isinstance(reward_func, partial):
         return _keys(reward_func.func), reward_func.args, reward_func.keywords
+    if (key := getattr(reward_func, "cache_key", None)) is not None:
+        return key
     if (combined := getattr(reward_func, "reward_funcs", None)) is not None:
         return _keys(combined), reward_func.combine
-    return getattr(reward_func, "cache_key", reward_func)
+    return reward_func
 
 
 def _module_sources(reward_func: Any) -> Iterator[str]:

@@ -205,7 +205,7 @@ def _cut_prompt(
     num_completion_tokens = len(ids) - common_prefix_length(prompt_ids, ids)
     if len(begin) + num_completion_tokens > max_length:
         logger.warning_once(
-            f"A completion is longer than `max_length={max_length}` of the reward model. Such completions are not "
+            f"A completion is longer than `max_length={max_length}` of its reward function. Such completions are not "
             "scored."
         )
         return []
@@ -272,7 +272,9 @@ class ClassifierReward:
             wholes = [as_text(prompt + completion) for prompt, completion in zip(prompts, completions, strict=True)]
         fits = [self._fits(whole, text) for whole, text in zip(wholes, texts, strict=True)]
         fitting = [*compress(wholes, fits)]
-        outputs = iter(self.classifier(fitting, top_k=None, batch_size=self.batch_size, **self.kwargs))
+        outputs = iter([])
+        if fitting:  # of nothing, pipelines look at the first
+            outputs = iter(self.classifier(fitting, top_k=None, batch_size=self.batch_size, **self.kwargs))
         return [self._probability(next(outputs)) if is_scored else None for is_scored in fits]
 
     def _fits(self, whole: str, completion: str) -> bool:

@@ -1,10 +1,7 @@
 """Scoring a dataset with reward functions, before any training."""
 
-import json
 import math
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,10 +14,10 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .._cache import cache_digest, cached, content_key, tokenizer_key
-from .._trl import get_dataset_column_names
+from .._cache import JsonLines, cache_digest, cached, content_key, tokenizer_key
+from .._trl import get_callable_name, get_dataset_column_names
 from ..data import Group, as_group, check_columns, tokenize_row
-from .calling import RewardFunc, Rewards, call_reward_funcs, check_reward_funcs
+from .calling import RewardFunc, Rewards, call_each, check_reward_funcs, weighted_nansum
 from .hashing import hash_reward_funcs
 
 
@@ -35,6 +32,7 @@ REWARD_FEATURES = {
 }
 
 Row = Mapping[str, Any]
+_Scores = tuple[list[list[tuple[float | None, ...]]], list[float]]  # of rows, their completions and the functions
 
 
 def score_dataset(
@@ -83,20 +81,17 @@ def score_dataset(
     """
     columns = get_dataset_column_names(dataset)
     check_columns(columns)
-    check_reward_funcs(reward_funcs, reward_weights)
-    score = partial(
-        _score_rows, reward_funcs=reward_funcs, reward_weights=reward_weights, processing_class=processing_class
-    )
+    funcs, weights = check_reward_funcs(reward_funcs, reward_weights)
     if isinstance(dataset, IterableDataset):
         names, outdated = _reward_columns(columns), _outdated_columns(columns)
         features = dataset.features
         if features is not None:  # left unknown, finding the columns later on would score a batch
             kept = {name: feature for name, feature in features.items() if name not in outdated}
             features = Features({**kept, **{name: REWARD_FEATURES[name] for name in names}})
-        score_batch = partial(_score_batch, score=score, names=names)
-        return dataset.map(
-            score_batch, batched=True, batch_size=batch_size, remove_columns=outdated, features=features
+        score = partial(
+            _score_batch, reward_funcs=funcs, weights=weights, processing_class=processing_class, names=names
         )
+        return dataset.map(score, batched=True, batch_size=batch_size, remove_columns=outdated, features=features)
 
     rows = dataset.with_format(None)
     key = None
@@ -104,14 +99,19 @@ def score_dataset(
         key = (
             content_key(rows, columns),
             hash_reward_funcs(reward_funcs),
-            reward_weights,
             None if processing_class is None else tokenizer_key(processing_class),
         )
         cache_dir = None if key[1] is None else cache_dir
-    journal = _Journal(cache_dir, key)
-    rewards = cached(cache_dir, "rewards", key, partial(_score_all, rows, score, batch_size, journal))
-    journal.remove()
-    return write_rewards(dataset, _split(rewards["rewards"], rewards["sizes"]))
+    journal = None if cache_dir is None else JsonLines(Path(cache_dir) / f"rewards-{cache_digest(key)}.unfinished")
+    scored = cached(cache_dir, "rewards", key, partial(_score_all, rows, funcs, processing_class, batch_size, journal))
+    if PartialState().is_main_process and journal is not None:
+        journal.remove()
+    if PartialState().is_local_main_process:
+        for line in _summary(funcs, scored["rewards"], scored["seconds"]):
+            print(line)
+    per_func = [[None if math.isnan(r) else r for r in column] for column in scored["rewards"].T.tolist()]
+    rewards = iter(weighted_nansum(per_func, weights))
+    return write_rewards(dataset, [list(islice(rewards, size)) for size in scored["sizes"].tolist()])
 
 
 def write_rewards(dataset: Dataset, rewards: list[Rewards]) -> Dataset:
@@ -158,67 +158,52 @@ def completion_rewards(dataset: Dataset) -> list[Rewards]:
     return list(columns[0]) if names == ["rewards"] else [list(row) for row in zip(*columns, strict=True)]
 
 
-class _Journal:
-    """
-    What has been scored so far, a line for each batch and a file for each process, so that a run that is killed goes
-    on where it was: in another number of processes, too.
-
-    Args:
-        cache_dir (`str`, `Path` or `None`):
-            Folder of the cache. If `None`, nothing is kept.
-        key (`Any`):
-            Everything that the rewards depend on.
-    """
-
-    def __init__(self, cache_dir: str | Path | None, key: Any) -> None:
-        self.folder = None if cache_dir is None else Path(cache_dir) / f"rewards-{cache_digest(key)}.unfinished"
-
-    def read(self) -> dict[int, Rewards]:
-        """Rewards of the rows that are done, by their positions, on all processes as process 0 finds them."""
-        found = [{}]
-        if self.folder is not None and PartialState().is_main_process:
-            for path in sorted(self.folder.glob("*.jsonl")):
-                for line in path.read_text().splitlines():
-                    with suppress(json.JSONDecodeError):  # the last line of a process that was killed
-                        found[0] |= {int(row): rewards for row, rewards in json.loads(line).items()}
-        return broadcast_object_list(found)[0]
-
-    def write(self, rows: list[int], scores: list[Rewards]) -> None:
-        """Add a batch."""
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # A line of its own also behind half a line
-            line = "\n" + json.dumps(dict(zip(rows, scores, strict=True))) + "\n"
-            with open(self.folder / f"{PartialState().process_index}.jsonl", "a") as file:
-                file.write(line)
-
-    def remove(self) -> None:
-        """Forget everything, when the rewards are in the cache."""
-        if self.folder is not None and PartialState().is_main_process:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-
 def _score_all(
-    rows: Dataset, score: Callable[..., list[Rewards]], batch_size: int, journal: _Journal
+    rows: Dataset,
+    reward_funcs: list[RewardFunc],
+    processing_class: PreTrainedTokenizerBase | None,
+    batch_size: int,
+    journal: JsonLines | None,
 ) -> dict[str, Tensor]:
-    """All rewards on every rank: `rewards` of shape `(num_completions,)`, NaN for None, and `sizes` per row."""
-    done = journal.read()
-    left = [i for i in range(len(rows)) if i not in done]
+    """
+    What each function says of each completion, on every rank: `rewards` of shape `(num_completions, num_funcs)`, NaN
+    for None; `sizes` of the rows; and `seconds` that the functions took, summed over the ranks.
+    """
+    done = [list(journal.read()) if journal is not None and PartialState().is_main_process else []]
+    (done,) = broadcast_object_list(done)
+    known = {int(row) for batch in done for row in batch["scores"]}
+    left = [i for i in range(len(rows)) if i not in known]
     with PartialState().split_between_processes(left) as mine:
-        scored: list[tuple[int, Rewards]] = []
-        with tqdm(total=len(done) + len(mine), initial=len(done), desc="Scoring", unit=" rows") as progress:
+        scored, positions = [], iter(mine)
+        with tqdm(total=len(known) + len(mine), initial=len(known), desc="Scoring", unit=" rows") as progress:
             for batch in _batches(rows.select(mine), batch_size):
-                positions = mine[len(scored) : len(scored) + len(batch)]
-                scores = score(batch)
-                journal.write(positions, scores)
-                scored += zip(positions, scores, strict=True)
+                scores, seconds = _score_rows(batch, reward_funcs, processing_class)
+                by_position = dict(zip(islice(positions, len(batch)), scores, strict=True))
+                scored.append({"scores": by_position, "seconds": seconds})
+                if journal is not None:
+                    journal.write(scored[-1])
                 progress.update(len(batch))
-    done |= dict(gather_object(scored))
-    scores = [done[i] for i in range(len(rows))]
+    done += gather_object(scored)
+    by_row = {int(row): scores for batch in done for row, scores in batch["scores"].items()}
+    flat = [[math.nan if r is None else r for r in rewards] for i in range(len(rows)) for rewards in by_row[i]]
     return {
-        "rewards": torch.tensor([math.nan if r is None else r for row in scores for r in row], dtype=torch.float64),
-        "sizes": torch.tensor([len(row) for row in scores], dtype=torch.int64),
+        "rewards": torch.tensor(flat, dtype=torch.float64).view(-1, len(reward_funcs)),
+        "sizes": torch.tensor([len(by_row[i]) for i in range(len(rows))], dtype=torch.int64),
+        "seconds": torch.tensor([batch["seconds"] for batch in done], dtype=torch.float64)
+        .view(-1, len(reward_funcs))
+        .sum(0),
     }
+
+
+def _summary(reward_funcs: list[RewardFunc], rewards: Tensor, seconds: Tensor) -> Iterator[str]:
+    """A line for each function: what it says, and what it took."""
+    for func, column, time in zip(reward_funcs, rewards.T, seconds.tolist(), strict=True):
+        known = column[~column.isnan()]
+        spread = f"mean {known.mean():.4g}, sd {known.std(correction=0):.4g}, " if len(known) else ""
+        yield (
+            f"{get_callable_name(func)}: {spread}{len(column) - len(known):,} of {len(column):,} completions not "
+            f"scored, {1000 * time / max(len(column), 1):.3g} s per 1,000"
+        )
 
 
 def _batches(rows: Iterable[Row], batch_size: int) -> Iterator[list[tuple[Row, Group]]]:
@@ -238,29 +223,27 @@ def _batches(rows: Iterable[Row], batch_size: int) -> Iterator[list[tuple[Row, G
 
 def _score_rows(
     batch: list[tuple[Row, Group]],
-    reward_funcs: RewardFunc | Sequence[RewardFunc],
-    reward_weights: Sequence[float] | None,
+    reward_funcs: list[RewardFunc],
     processing_class: PreTrainedTokenizerBase | None,
-) -> list[Rewards]:
-    """The rewards of each row's completions, from one call of each function."""
+) -> _Scores:
+    """What each function says of each row's completions, from one call of each, and the seconds that it took."""
     members = [(row, group, index) for row, group in batch for index in range(len(group.completions))]
     if not members:
-        return [[] for _ in batch]
+        return [[] for _ in batch], [0.0] * len(reward_funcs)
     columns = {name: [row[name] for row, _, _ in members] for name in members[0][0] if name not in NOT_PASSED_ON}
     completion_ids = None
     if processing_class is not None:
         completion_ids = [_completion_ids(*member, processing_class) for member in members]
-    rewards = call_reward_funcs(
+    called = call_each(
         reward_funcs,
-        reward_weights,
         prompts=[group.prompt for _, group, _ in members],
         completions=[group.completions[index] for _, group, index in members],
         completion_ids=completion_ids,
         completion_index=[index for _, _, index in members],
         **columns,
     )
-    rewards = iter(rewards)
-    return [list(islice(rewards, len(group.completions))) for _, group in batch]
+    rewards = zip(*(rewards for rewards, _ in called), strict=True)
+    return [list(islice(rewards, len(group.completions))) for _, group in batch], [seconds for _, seconds in called]
 
 
 def _completion_ids(row: Row, group: Group, index: int, processing_class: PreTrainedTokenizerBase) -> list[int]:
@@ -270,9 +253,16 @@ def _completion_ids(row: Row, group: Group, index: int, processing_class: PreTra
     return completion_ids[0] if completion_ids else []
 
 
-def _score_batch(batch: dict[str, list], score: Callable[..., list[Rewards]], names: list[str]) -> dict[str, list]:
+def _score_batch(
+    batch: dict[str, list],
+    reward_funcs: list[RewardFunc],
+    weights: list[float],
+    processing_class: PreTrainedTokenizerBase | None,
+    names: list[str],
+) -> dict[str, list]:
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    return _as_columns(names, score([(row, as_group(row)) for row in rows]))
+    scores, _ = _score_rows([(row, as_group(row)) for row in rows], reward_funcs, processing_class)
+    return _as_columns(names, [weighted_nansum([*zip(*row, strict=True)], weights) for row in scores])
 
 
 def _reward_columns(columns: list[str]) -> list[str]:
@@ -291,8 +281,3 @@ def _as_columns(names: list[str], scores: list[Rewards]) -> dict[str, list]:
     if names == ["rewards"]:
         return {"rewards": scores}
     return {name: [row[index] for row in scores] for index, name in enumerate(names)}
-
-
-def _split(rewards: Tensor, sizes: Tensor) -> list[Rewards]:
-    values = iter([None if math.isnan(reward) else reward for reward in rewards.tolist()])
-    return [list(islice(values, size)) for size in sizes.tolist()]
