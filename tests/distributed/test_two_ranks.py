@@ -88,6 +88,13 @@ def test_sampled_groups_do_not_depend_on_the_ranks(worlds):
     assert len(one) == 1 and [len(group) for group in five] == [2] * 5
 
 
+def test_estimated_advantages_do_not_depend_on_the_ranks(worlds):
+    """Two rows have their only prompts read by the fit; of thirty, ten prompts are, and the others are shared out."""
+    for one, two, n in zip(worlds[1]["advantages"], worlds[2]["advantages"], (2, 30), strict=True):
+        assert len(one) == 2 * n and one == pytest.approx(two, rel=0, abs=1e-5)
+        assert len({round(a, 3) for a in one}) >= 2
+
+
 @pytest.mark.parametrize("run", ["full", "lora", "accumulated", "groups", "leave one out"])
 @pytest.mark.parametrize("method", ["ppo", "apa", "drpo"])
 def test_online_two_ranks_equal_one(worlds, method, run):

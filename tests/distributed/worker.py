@@ -22,6 +22,7 @@ from trl_lol import (
     DRPOTrainer,
     GenerationEvalCallback,
     PPOTrainer,
+    estimate_advantages,
     sample_completions,
     score_dataset,
     toy,
@@ -95,6 +96,7 @@ def main(expected_world_size: int, folder: Path) -> None:
             for n in (1, 7)
             for cache_dir in (None, folder / "scores", folder / "scores")
         ],
+        "advantages": [estimate(pairs.select(range(n)), tokenizer, folder) for n in (2, 30)],
         "samples": [sample(dialogues.select(range(n)), tokenizer, folder) for n in (1, 5)],
     }
     if state.is_main_process:
@@ -109,6 +111,20 @@ def sample(rows: Dataset, tokenizer: PreTrainedTokenizerFast, folder: Path) -> l
     drawn = sample_completions(rows, model, tokenizer, 2, **settings)["completions"][:]
     assert all(other == drawn for other in gather_object([drawn]))
     return sample_completions(rows, model, tokenizer, 2, temperature=0.0, **settings)["completions"][:]
+
+
+def estimate(rows: Dataset, tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[float]:
+    """Advantages over values from the dataset, and a check that the ranks agree on those from rollouts, which are the
+    policy's own and of another seed on each rank."""
+    model = toy.make_model(tokenizer, hidden_size=32, num_layers=2)
+    arguments = (rows, model, toy.oracle_reward, tokenizer)
+    settings = {"max_prompts": 10, "num_train_epochs": 2, "cache_dir": folder / "advantages"}
+    rollouts = estimate_advantages(*arguments, value_source="rollouts", max_completion_length=4, **settings)
+    drawn = rollouts["chosen_advantage"][:]
+    assert all(other == drawn for other in gather_object([drawn]))
+    estimated = estimate_advantages(*arguments, **settings)
+    assert estimated["chosen_advantage"][:] != drawn
+    return [*estimated["chosen_advantage"], *estimated["rejected_advantage"]]
 
 
 def trained_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
