@@ -35,7 +35,6 @@ from common import (
     train_sft,
 )
 from datasets import Dataset, DatasetDict
-from matplotlib import pyplot as plt
 
 from trl_lol import ALoLConfig, ALoLTrainer, score_dataset, toy
 
@@ -100,16 +99,6 @@ def by_score(pairs: Dataset) -> Dataset:
     return pairs.map(order)
 
 
-def plot_advantages(trainer: ALoLTrainer, output_dir: Path) -> None:
-    """Histogram of the kept advantages."""
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    axis.hist([row[0] for row in trainer.train_dataset["advantages"]], bins=40)
-    report = trainer.advantage_report
-    axis.set(title=f"Kept: {report.kept_fraction:.0%} of {report.num_completions} completions")
-    axis.set(xlabel="advantage over the reference policy", ylabel="completions")
-    figure.savefig(output_dir / "advantages.png", dpi=150)
-
-
 def main() -> None:
     recipe, args, model_args = parse(RecipeArguments, ALoLConfig, TOY_CONFIG)
     is_main = PartialState().is_main_process
@@ -156,7 +145,7 @@ def main() -> None:
     comparison.add("A-LoL", trainer.model)
     if is_main:
         comparison.write()
-        plot_advantages(trainer, output_dir)
+        trainer.advantage_report.plot(output_dir / "advantages")
         print(f"Model, table, answers and plots are in {output_dir}.")
 
 

@@ -304,10 +304,15 @@ def test_group_by_prompt():
 def test_group_by_prompt_reads_what_is_asked():
     """Messages, labels in place of rewards, and tools: another tool makes another prompt."""
     ask, answers = message("a", "user"), [message(content) for content in "uvw"]
-    rows = {"prompt": [ask] * 3, "completion": answers, "label": [True, False, True], "tools": ["f", "f", "g"]}
+    rows = {
+        "prompt": [ask] * 3,
+        "completion": answers,
+        "label": [True, False, True],
+        "tools": ['["f"]', '["f"]', '["g"]'],
+    }
     assert group_by_prompt(Dataset.from_dict(rows)).to_dict() == {
         "prompt": [ask] * 2,
-        "tools": ["f", "g"],
+        "tools": ['["f"]', '["g"]'],
         "completions": [answers[:2], answers[2:]],
         "rewards": [[True, False], [True]],
     }

@@ -129,6 +129,53 @@ def as_group(row: Mapping[str, Any]) -> Group:
     raise ValueError(f"A row has {', '.join(row)}. Accepted row formats:\n{ROW_FORMATS}")
 
 
+def check_row(row: Mapping[str, Any], index: int) -> Group:
+    """
+    Read a row that is to be trained on.
+
+    Args:
+        row (`Mapping[str, Any]`):
+            A row of any accepted format.
+        index (`int`):
+            Its position in the dataset, for error messages.
+
+    Returns:
+        [`Group`]: Its prompt, completions and rewards.
+
+    Raises:
+        `ValueError`: If something is missing or of the wrong kind, or if there is no reward, or one that is not a
+            finite number.
+    """
+    try:
+        group = as_group(row)
+    except ValueError as error:
+        raise ValueError(f"Row {index}: {error}") from None
+    if group.prompt is None or None in group.completions:
+        raise ValueError(f"Row {index} has a null prompt or completion. Give it a text or messages, or drop the row.")
+    if len({isinstance(text, str) for text in (group.prompt, *group.completions)}) > 1:
+        raise ValueError(
+            f"Row {index} mixes text and messages in its prompt and completions. Use one kind; if `chosen` and "
+            "`rejected` hold the whole conversation, drop the `prompt` column, and the prompt is taken from them."
+        )
+    if group.rewards is None:
+        raise ValueError(
+            f"Row {index} has no reward: its columns are {', '.join(row)}. Pass `reward_funcs` to the trainer, or add "
+            f"rewards with `score_dataset`. Accepted row formats:\n{ROW_FORMATS}"
+        )
+    for reward in group.rewards:
+        if reward is not None and not (isinstance(reward, int | float) and math.isfinite(reward)):
+            raise ValueError(
+                f"Row {index} has the reward {reward!r}. Rewards must be finite numbers; use null for a completion "
+                "that was not scored."
+            )
+    return group
+
+
+def prompt_key(prompt: str | Messages, row: Mapping[str, Any]) -> str:
+    """What tells a prompt, with its row's `tools` and `chat_template_kwargs`, from another one."""
+    return json.dumps([prompt, template_kwargs(row)], sort_keys=True, default=str)
+
+
 def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a row's `tools` and `chat_template_kwargs` columns say to the chat template."""
     tools = row.get("tools")
@@ -182,28 +229,7 @@ def tokenize_row(
     Raises:
         `ValueError`: If the row has no reward, or one that is not a finite number.
     """
-    try:
-        group = as_group(row)
-    except ValueError as error:
-        raise ValueError(f"Row {index}: {error}") from None
-    if group.prompt is None or None in group.completions:
-        raise ValueError(f"Row {index} has a null prompt or completion. Give it a text or messages, or drop the row.")
-    if len({isinstance(text, str) for text in (group.prompt, *group.completions)}) > 1:
-        raise ValueError(
-            f"Row {index} mixes text and messages in its prompt and completions. Use one kind; if `chosen` and "
-            "`rejected` hold the whole conversation, drop the `prompt` column, and the prompt is taken from them."
-        )
-    if group.rewards is None:
-        raise ValueError(
-            f"Row {index} has no reward: its columns are {', '.join(row)}. Pass `reward_funcs` to the trainer, or add "
-            f"rewards with `score_dataset`. Accepted row formats:\n{ROW_FORMATS}"
-        )
-    for reward in group.rewards:
-        if reward is not None and not (isinstance(reward, int | float) and math.isfinite(reward)):
-            raise ValueError(
-                f"Row {index} has the reward {reward!r}. Rewards must be finite numbers; use null for a completion "
-                "that was not scored."
-            )
+    group = check_row(row, index)
     # What is not trained on must not move the end of the prompt that the others share
     scored = [
         (c, float(r)) for c, r in zip(group.completions, group.rewards, strict=True) if r is not None and c != []
@@ -294,10 +320,10 @@ def group_by_prompt(dataset: Dataset) -> Dataset:
 
 
 def _join_rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    what_is_asked = [batch[name] for name in ("prompt", "tools", "chat_template_kwargs") if name in batch]
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     members: dict[str, list[int]] = {}
-    for i, asked in enumerate(zip(*what_is_asked, strict=True)):
-        members.setdefault(json.dumps(asked, sort_keys=True, default=str), []).append(i)
+    for i, row in enumerate(rows):
+        members.setdefault(prompt_key(row["prompt"], row), []).append(i)
     grouped = {name: [column[rows[0]] for rows in members.values()] for name, column in batch.items()}
     for name, source in (("completions", "completion"), ("rewards", "label"), ("rewards", "reward")):
         if source in batch:

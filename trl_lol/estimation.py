@@ -1,6 +1,5 @@
 """Advantages of a dataset's completions, without a trainer: to look at, to filter by, or to weight with."""
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ._cache import model_key
 from ._trl import get_config_model_id
 from .advantages import mean_rewards, sequence_advantages
-from .data import as_group, check_columns, tokenize_prompt, tokenize_row
+from .data import as_group, check_columns, check_row, prompt_key, tokenize_prompt, tokenize_row
 from .generation import sample_completions
 from .rewards import ColumnReward, RewardFunc, score_dataset
 from .rewards.calling import Rewards
@@ -29,7 +28,7 @@ from .value import ValueEstimator
 
 def estimate_advantages(
     dataset: Dataset,
-    model: "str | PreTrainedModel | Any",
+    model: "str | PreTrainedModel | Any | None" = None,
     reward_funcs: RewardFunc | Sequence[RewardFunc] | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
     *,
@@ -53,12 +52,13 @@ def estimate_advantages(
     Args:
         dataset ([`~datasets.Dataset`]):
             Rows of any accepted format. See the README.
-        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The policy: a causal language model as it is, or its id. It is not changed, and reads each prompt once.
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            The policy: a causal language model as it is, or its id. It is not changed, and reads each prompt once. A
+            baseline that needs no value needs no model.
         reward_funcs (`Callable` or `list[Callable]`, *optional*):
             Reward functions, which take precedence over rewards in the dataset.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer. If `None`, it is loaded from the model's name.
+            Tokenizer. If `None`, it is loaded from the model's name, where there is a model.
         baseline (`str`, *optional*, defaults to `"value"`):
             What is subtracted: `"value"`, or `"group_mean"`, `"leave_one_out"`, `"batch_mean"` and `"none"`, for
             which the model is not loaded (see [`sequence_advantages`]).
@@ -105,19 +105,24 @@ def estimate_advantages(
         if baseline != "value":
             raise ValueError(f'`value_source="rollouts"` is for a value, and `baseline={baseline!r}` has none.')
         check_scores_rollouts(reward_funcs)
-    if processing_class is None:
+    if baseline == "value" and model is None:
+        raise ValueError('`baseline="value"` needs a `model`, whose value it is. Pass it, or pick another baseline.')
+    if processing_class is None and model is not None:
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         processing_class = AutoTokenizer.from_pretrained(model_id)
     if reward_funcs is not None:
         dataset = score_dataset(dataset, reward_funcs, reward_weights, processing_class, cache_dir=cache_dir)
 
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    prompt_ids, rewards = [], []
+    keys, rewards = [], []
+    eos_token = getattr(processing_class, "tokenizer", processing_class).eos_token if baseline == "value" else None
     for i, row in enumerate(dataset.with_format(None)):
-        # Says what is wrong with a row, too
-        prompt_ids.append(tokenize_row(row, i, processing_class, tokenizer.eos_token)["prompt_ids"])
-        rewards.append(as_group(row).rewards)
-    prompts, group_ids, flat = group_by_prompt_ids(prompt_ids, _with_nan(rewards))
+        group = check_row(row, i)
+        rewards.append(group.rewards)
+        if baseline == "value":
+            keys.append(tokenize_row(row, i, processing_class, eos_token)["prompt_ids"])
+        else:
+            keys.append([prompt_key(group.prompt, row)])
+    prompts, group_ids, flat = group_by_prompt_ids(keys, _with_nan(rewards))
     values = None
     if baseline == "value":
         if isinstance(model, str):
@@ -207,13 +212,12 @@ def score_rollouts(
     """
     check_scores_rollouts(reward_funcs)
     rows = dataset.with_format(None)
-    asked: dict[str, int] = {}
+    first: dict[str, int] = {}
     for i, row in enumerate(rows):
-        prompt = [as_group(row).prompt, row.get("tools"), row.get("chat_template_kwargs")]
-        asked.setdefault(json.dumps(prompt, sort_keys=True, default=str), i)
-    order = torch.randperm(len(asked), generator=torch.Generator().manual_seed(seed))[:num_prompts].sort().values
-    positions = list(asked.values())
-    rows = rows.select([positions[i] for i in order])
+        first.setdefault(prompt_key(as_group(row).prompt, row), i)
+    positions = torch.tensor(list(first.values()))
+    order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))
+    rows = rows.select(positions[order[:num_prompts].sort().values].tolist())
     if "prompt" not in rows.column_names:
         rows = rows.add_column("prompt", [as_group(row).prompt for row in rows])
     # The prompts have the tokens that they have in training
@@ -287,7 +291,7 @@ def group_by_prompt_ids(
 
     Args:
         prompt_ids (`list[list[int]]`):
-            Tokens of each row's prompt.
+            Tokens of each row's prompt, or whatever tells it from others.
         rewards (`list[list[float]]`):
             Rewards of each row's completions.
 

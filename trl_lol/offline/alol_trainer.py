@@ -179,7 +179,7 @@ class ALoLTrainer(_OfflineRewardTrainer):
                 values = self.value_estimator.predict_sharded(prompts, name)[group_ids]
         advantages = self._advantages(rewards, group_ids, values)
         if is_train:
-            self._report(rewards, advantages, dataset)
+            self._report(rewards, advantages, group_ids, dataset)
         dataset = dataset.add_column("advantages", _split_by_row(advantages, dataset["rewards"]))
         return dataset.map(
             flatten_groups,
@@ -206,7 +206,8 @@ class ALoLTrainer(_OfflineRewardTrainer):
             prompts, group_ids, rewards = group_by_prompt_ids(*columns)
             values = self._fit_values(prompts, group_ids, rewards)[group_ids] if self._uses_values else None
             row_ids = torch.tensor([i for i, row in enumerate(rows) for _ in row["rewards"]])
-            self._report(rewards, self._advantages(rewards, row_ids, values), Dataset.from_list(rows))
+            advantages = self._advantages(rewards, row_ids, values)
+            self._report(rewards, advantages, group_ids, Dataset.from_list(rows))
         if is_train and args.uses_priority_sampling:
             logger.warning("An `IterableDataset` is read in its own order: completions are not drawn by advantage.")
 
@@ -270,7 +271,7 @@ class ALoLTrainer(_OfflineRewardTrainer):
                 cache_dir=self.cache_dir,
             )
 
-    def _report(self, rewards: Tensor, advantages: Tensor, dataset: Dataset) -> None:
+    def _report(self, rewards: Tensor, advantages: Tensor, group_ids: Tensor, dataset: Dataset) -> None:
         args = self.args
         if not args.uses_advantages:
             if set(args.loss_type) != {"nll"} and rewards.min() < 0:
@@ -282,8 +283,22 @@ class ALoLTrainer(_OfflineRewardTrainer):
         subsets = None
         if "subset" in dataset.column_names:
             subsets = [s for s, row in zip(dataset["subset"], dataset["rewards"], strict=True) for _ in row]
+        completions = [(row, ids) for row, completions in enumerate(dataset["completion_ids"]) for ids in completions]
+        distinct = {(g, *ids) for g, (_, ids) in zip(group_ids.tolist(), completions, strict=True)}
+
+        def examples(positions: list[int]) -> list[tuple[str, str]]:
+            rows = [(dataset[completions[i][0]]["prompt_ids"], completions[i][1]) for i in positions]
+            return [tuple(self._tokenizer.batch_decode(ids, skip_special_tokens=True)) for ids in rows]
+
         report = self.advantage_report = AdvantageReport.from_tensors(
-            rewards, rewards - advantages, advantages, subsets
+            rewards,
+            rewards - advantages,
+            advantages,
+            subsets,
+            group_ids=group_ids,
+            num_missing=self._num_unscored,
+            num_duplicates=len(completions) - len(distinct),
+            examples=examples,
         )
         if args.filters_advantages and report.num_kept == 0:
             raise ValueError(

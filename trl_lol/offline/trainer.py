@@ -48,6 +48,7 @@ class _OfflineRewardTrainer(DPOTrainer):
 
     _config_class: type[_OfflineRewardConfig]
     _min_completions = 1
+    _num_unscored = 0  # completions of the training dataset
 
     def __init__(
         self,
@@ -184,6 +185,8 @@ class _OfflineRewardTrainer(DPOTrainer):
                 **progress("Dropping untrainable rows from"),
             )
         if is_map_style:
+            if not self._constructed and dataset_name == "train":
+                self._num_unscored = num_dropped
             if num_dropped:
                 logger.warning(f"Dropped {num_dropped} completions of the {dataset_name} dataset that are not scored.")
             if num_cut:

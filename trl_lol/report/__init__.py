@@ -1,88 +1,33 @@
 """What the advantages say about a dataset: how much of it is worth training on, and why."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
 from .._cache import written_beside
-from ..data import as_group, template_kwargs
+from ..data import Messages, as_group, prompt_key
 from ..rewards.models import as_text
 from ..rewards.scoring import completion_rewards, reward_columns
 from ..value import r_squared
+from .numbers import QUANTILES, Bin, Example, Histogram, calibrate, histogram, quantiles
 
 
 if TYPE_CHECKING:
-    from rich.console import Group as Renderable
+    from rich.console import Group
 
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-NUM_BINS = 10  # of the calibration
-NUM_BARS = 40  # of a histogram, about
-
-
-class Bin(TypedDict):
-    """
-    Completions whose values are next to each other.
-
-    Attributes:
-        value (`float`):
-            Mean of their values.
-        reward (`float`):
-            Mean of their rewards: where the values are calibrated, about the same.
-        count (`int`):
-            Their number.
-    """
-
-    value: float
-    reward: float
-    count: int
-
-
-class Histogram(TypedDict):
-    """
-    How often a number lies where.
-
-    Attributes:
-        edges (`list[float]`):
-            Edges of the bars, of equal width. An edge belongs to the bar on its right, and where the numbers go from
-            below 0 to above it, 0 is an edge.
-        kept, dropped (`list[int]`):
-            Number of completions in each bar with a positive advantage, and without one.
-    """
-
-    edges: list[float]
-    kept: list[int]
-    dropped: list[int]
-
-
-class Example(TypedDict):
-    """
-    One completion.
-
-    Attributes:
-        prompt, completion (`str`):
-            Their whole texts.
-        reward, value, advantage (`float`):
-            Its numbers.
-    """
-
-    prompt: str
-    completion: str
-    reward: float
-    value: float
-    advantage: float
+MAX_SUBSETS = 20  # printed
 
 
 @dataclass
 class AdvantageReport:
     """
-    Summary of a dataset's rewards, values and advantages. Printed it is a table, and [`plot`] makes pictures of it.
+    Summary of a dataset's rewards, values and advantages. Printed it is a table, and `plot` draws it.
 
     A completion is *kept* if its advantage is positive, as A-LoL keeps it, and else *dropped*. The *value* is what was
     subtracted from the reward, whatever the baseline: advantage = reward − value.
@@ -158,8 +103,7 @@ class AdvantageReport:
             rewards (`torch.Tensor`):
                 Reward of each completion.
             values (`torch.Tensor`):
-                What was subtracted from it. Six digits of it count, so that values which differ by the rounding of
-                `rewards - advantages` in double precision are equal.
+                What was subtracted from it.
             advantages (`torch.Tensor`):
                 The difference.
             subsets (`Sequence[str]`, *optional*):
@@ -187,8 +131,6 @@ class AdvantageReport:
                 "means that a completion is not scored."
             )
         rewards, values, advantages = (x.detach().double().cpu() for x in (rewards, values, advantages))
-        if scale := rewards.abs().max().item():
-            values = values.round(decimals=6 - math.ceil(math.log10(scale))) + 0.0  # not -0.0
         kept = advantages > 0
         positive = advantages.clamp(min=0)
         counts: dict[str, tuple[int, int]] = {}
@@ -226,7 +168,7 @@ class AdvantageReport:
             num_duplicates=num_duplicates,
             calibration=calibrate(values, rewards),
             histograms={
-                name: histogram(x, kept)
+                name: histogram(x, kept, rewards)
                 for name, x in (("rewards", rewards), ("values", values), ("advantages", advantages))
             },
             best=best,
@@ -270,7 +212,7 @@ class AdvantageReport:
         for i, (row, row_advantages) in enumerate(zip(dataset, completion_rewards(swapped), strict=True)):
             group = as_group(row)
             num_completions += len(group.completions)
-            asked = json.dumps([group.prompt, template_kwargs(row)], sort_keys=True, default=str)
+            asked = prompt_key(group.prompt, row)
             for j, (reward, advantage) in enumerate(zip(group.rewards, row_advantages, strict=True)):
                 if reward is None or advantage is None:
                     continue
@@ -324,66 +266,68 @@ class AdvantageReport:
 
         Returns:
             `list[Path]`: `distributions.png`, the histograms; `calibration.png`, the mean rewards over the mean
-            values; and, where there are subsets, `subsets.png`, what is kept of each.
+            values, where these differ; and `subsets.png`, what is kept of each subset, where there are any.
 
         Raises:
             `ImportError`: If matplotlib is not installed.
         """
-        from .plots import plot_report
+        from . import plots
 
-        return plot_report(self, Path(folder))
+        folder = Path(folder)
+        title = f"{self.num_kept} of {self.num_completions} completions kept ({self.kept_fraction:.1%})"
+        figures = {"distributions.png": plots.plot_distributions(self.histograms, title)}
+        if len(self.calibration) > 1:
+            figures["calibration.png"] = plots.plot_calibration(self.calibration, self.value_r2)
+        if self.subsets:
+            figures["subsets.png"] = plots.plot_subsets(self.subsets)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            figure.savefig(folder / name, dpi=150)
+        return [folder / name for name in figures]
 
-    def __rich__(self) -> "Renderable":
-        from .tables import render
+    def __rich__(self) -> "Group":
+        from rich.console import Group
 
-        return render(self)
+        from .tables import examples_table, number_format, sentence, table
+
+        number = number_format(self.rewards + self.values)
+        counts = {
+            "Prompts": self.num_prompts,
+            "Completions that repeat an earlier one of the same prompt": self.num_duplicates,
+            "Completions that are not scored": self.num_missing,
+        }
+        head = [
+            f"{self.num_kept} of {self.num_completions} completions ({self.kept_fraction:.1%}) have a positive "
+            f"advantage; the effective sample size under priority sampling is {self.effective_sample_size:.0f}.",
+            " ".join(f"{what}: {count}." for what, count in counts.items() if count is not None),
+        ]
+        rows = [[name, *map(number, getattr(self, name))] for name in ("rewards", "values", "advantages")]
+        parts = [*map(sentence, head), "", table("quantiles", [f"{q:.0%}" for q in QUANTILES], rows), ""]
+        if self.value_r2 is None:
+            parts.append(sentence("The rewards are all equal: there is nothing for the values to explain."))
+        else:
+            parts.append(sentence(f"The values explain {self.value_r2:z.1%} of the rewards' variance."))
+        if len(self.calibration) > 1:
+            rows = [[number(x["value"]), number(x["reward"]), str(x["count"])] for x in self.calibration]
+            parts += ["", table("mean value", ["mean reward", "completions"], rows)]
+        if self.subsets:
+            largest = sorted(self.subsets.items(), key=lambda item: -item[1][1])[:MAX_SUBSETS]
+            rows = [[name, str(kept), str(n - kept), f"{kept / n:.1%}"] for name, (kept, n) in largest]
+            parts += ["", table("subset", ["kept", "dropped", "share kept"], rows)]
+            if others := len(self.subsets) - len(largest):
+                parts.append(sentence(f"... and {others} smaller ones."))
+        for title, examples in (("highest advantages", self.best), ("lowest advantages", self.worst)):
+            if examples:
+                parts += ["", examples_table(title, examples, number)]
+        return Group(*parts)
 
     def __str__(self) -> str:
-        from .tables import as_plain_text
+        from .tables import plain
 
-        return as_plain_text(self)
-
-
-def quantiles(x: Tensor) -> list[float]:
-    """Minimum, 5 %, 25 %, 50 %, 75 %, 95 % quantiles and maximum of `x`."""
-    ordered = x.double().sort().values  # not `torch.quantile`, which takes at most 2^24 values
-    return [ordered[round(q * (len(ordered) - 1))].item() for q in QUANTILES]
+        return plain(self)
 
 
-def calibrate(values: Tensor, rewards: Tensor) -> list[Bin]:
-    """Mean reward of what has about the same value, in up to `NUM_BINS` bins of about equal size."""
-    _, level, counts = values.unique(return_inverse=True, return_counts=True)
-    # Equal values are a block of ranks, which goes where its middle is
-    middle = counts.cumsum(0) - counts / 2
-    bins = (middle * NUM_BINS / len(values)).long()[level]
-    columns = (bins.bincount(weights=values), bins.bincount(weights=rewards), bins.bincount())
-    return [
-        Bin(value=value / count, reward=reward / count, count=count)
-        for value, reward, count in zip(*(column.tolist() for column in columns), strict=True)
-        if count
-    ]
-
-
-def histogram(x: Tensor, kept: Tensor) -> Histogram:
-    """Histogram with about `NUM_BARS` bars, whose edges are round numbers."""
-    span = (x.max() - x.min()).item()
-    width = 1.0
-    if span > 1e-6 * x.abs().max().item():
-        digit = 10.0 ** math.floor(math.log10(span / NUM_BARS))
-        width = next((m * digit for m in (1, 2, 5) if m * digit * NUM_BARS >= span), 10 * digit)
-    bars = (x / width).floor().long()
-    first = int(bars.min())
-    bars = bars - first
-    counts = bars.bincount()
-    is_kept = bars[kept].bincount(minlength=len(counts))
-    return Histogram(
-        edges=[float(f"{(first + i) * width:.10g}") for i in range(len(counts) + 1)],  # 0.3, not 0.30000000000000004
-        kept=is_kept.tolist(),
-        dropped=(counts - is_kept).tolist(),
-    )
-
-
-def _dialogue(prompt: str | list[dict]) -> str:
+def _dialogue(prompt: str | Messages) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {as_text([message])}" for message in prompt)
