@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import importlib.util
+import inspect
 import json
 import math
 import statistics
@@ -144,6 +145,22 @@ def test_references_are_texts_messages_or_lists_of_texts(overlap):
     assert MetricReward(overlap.Overlap("text"), "array", references="gold")(**messages) == [2.0, 1.0, 0.0]
     several = {**THREE, "gold": [["b", "a b"], ["x"], ["d d", "e", "d"]]}
     assert MetricReward(overlap.Overlap("texts"), "array", references="gold")(**several) == [2.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(("key", "calls"), [("array", [2, 1]), ("overlap", [2, 1, 1])])
+def test_completions_without_a_reference_are_not_scored(overlap, key, calls):
+    """Neither with null nor with no texts; the metric sees the other two only. An empty text is a reference."""
+    reward = MetricReward(overlap.Overlap("text"), key, references="gold")
+    row = {"prompts": ["p"] * 4, "completions": ["a", "a b", "d", "a"], "gold": [None, "a b c", "", None]}
+    assert reward(**row) == [None, 2.0, 0.0, None] and calls == overlap.CALLS
+    assert reward(["p"] * 2, ["a", "b"], gold=[None, None]) == [None, None] and calls == overlap.CALLS
+    several = MetricReward(overlap.Overlap("texts"), key, references="gold")
+    assert several(["p"] * 3, ["a b", "a", "a c"], gold=[["b", "a b"], [], ["c"]]) == [2.0, None, 1.0]
+    messages = {"prompts": ["p"] * 2, "completions": [message("a b")] * 2, "gold": [None, message("a")]}
+    assert reward(**messages) == [None, 1.0]
+    assert reward([], [], gold=[]) == []
+    scored = score_dataset(Dataset.from_dict({"prompt": ["p"], "completion": ["a"], "gold": [None]}), reward)
+    assert scored["reward"][:] == [None]
 
 
 def test_metrics_without_references(overlap):
@@ -288,6 +305,21 @@ def test_the_scale_is_saved_and_read_again(tmp_path):
     assert standardize(length, path=tmp_path / "known.json")(["p"], ["abc"]) == [-1.0]
 
 
+def test_a_saved_scale_and_other_numbers(tmp_path):
+    """Neither takes the place of the other without a word; the same numbers will do, as when a run is resumed."""
+    path, rows = tmp_path / "scale.json", Dataset.from_dict(FORMATS["rows"])
+    standardize(length, mean=5.0, std=0.1 + 0.2, path=path)
+    for known in ({"mean": 5.0, "std": 0.1 + 0.2}, {"mean": 5.0}, {}):
+        assert standardize(length, path=path, **known)(["p"], ["abc"]) == [-2 / (0.1 + 0.2)]
+    for known in ({"mean": 5.0, "std": 0.3}, {"mean": 5.1, "std": 0.1 + 0.2}, {"mean": 0.0}):
+        with pytest.raises(ValueError, match=rf"{path} holds the (mean 5.0|std 0.30000000000000004) of this run"):
+            standardize(length, path=path, **known)
+    for known in ({"mean": 2.0, "std": 1.0}, {"mean": 2.0}, {"std": 1.0}):
+        with pytest.raises(ValueError, match="not both"):
+            standardize(length, rows, **known)
+    assert CALLS == [1, 1, 1]
+
+
 def test_what_cannot_be_standardised(tmp_path):
     rows, path = Dataset.from_dict(FORMATS["rows"]), tmp_path / "scale.json"
     with pytest.raises(ValueError, match=r"do not differ"):
@@ -321,12 +353,17 @@ def test_clipped_and_standardised_rewards_are_found_again(tmp_path):
     assert score(make(high=3.0)) == [0.0, 1.0] and score(make(mean=0.0)) == [0.5, 1.0] and CALLS == [4, 4, 4]
 
 
-def test_scores_of_metrics_are_found_again(tmp_path, overlap):
+def test_scores_of_metrics_are_found_again(tmp_path, monkeypatch, overlap):
+    """Until something in the metric's file is changed."""
     reward = MetricReward(overlap.Overlap("none"), "array")
     rows = Dataset.from_dict(FORMATS["pairs"])
     scored = [score_dataset(rows, reward, cache_dir=tmp_path / "cache")["chosen_reward"][:] for _ in range(2)]
     assert scored[0] == scored[1] == [1.0, 1.0]
     assert overlap.CALLS == [4, 1]
+    key = reward.cache_key
+    source = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda x: source(x).replace("CALLS = []", "CALLS = list()"))
+    assert reward.cache_key != key
 
 
 # --- TRL's own trainers ---

@@ -1,10 +1,8 @@
-"""Reward models and classifiers as reward functions."""
+"""Reward models as reward functions."""
 
 import copy
-import math
 import random
 import shutil
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,18 +12,19 @@ from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     LlamaForSequenceClassification,
-    Pipeline,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    pipeline,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 from trl import RewardConfig, RewardTrainer
 
 from trl_lol import score_dataset, toy
-from trl_lol.rewards import ClassifierReward, RewardModel
+from trl_lol.rewards import RewardModel
 from trl_lol.rewards.hashing import hash_reward_funcs
 
 
@@ -91,9 +90,6 @@ def by_hand(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts:
 def apart(scores: list[float], others: list[float]) -> float:
     """The smallest difference: above 1e-3, no score can pass for another."""
     return min(abs(a - b) for a, b in zip(scores, others, strict=True))
-
-
-# --- RewardModel ---
 
 
 @pytest.mark.parametrize("form", ["texts", "conversations"])
@@ -223,13 +219,47 @@ def test_completions_that_do_not_fit_are_warned_of_once(model, tokenizer, caplog
     assert scores[1:3] == [None, None] and scores[0] != scores[3] and None not in (scores[0], scores[3])
     assert reward(["Hello!"], [" no" * 60]) == [None]
     assert [r.getMessage() for r in caplog.records if "max_length=11" in r.getMessage()] == [
-        "A completion is longer than `max_length=11` of the reward model. Such completions are not scored."
+        "A completion is longer than `max_length=11` of its reward function. Such completions are not scored."
     ]
 
 
-def test_positions_are_the_default_length(model, tokenizer):
+def test_positions_are_the_default_length(model, tokenizer, own):
+    """Unless the tokenizer states a smaller one. XLNet says -1 for no limit, tokenizers say 1e30."""
     assert RewardModel(model, tokenizer).max_length == 256
     assert RewardModel(model, tokenizer)(["Hello!"], [" yes" * 300]) == [None]
+    for stated, length in ((100, 100), (300, 256)):
+        own.model_max_length = stated
+        assert RewardModel(model, own).max_length == length
+    model.config.max_position_embeddings = -1
+    assert RewardModel(model, own).max_length == 300
+    own.model_max_length = int(1e30)
+    assert RewardModel(model, own).max_length is None
+    assert None not in RewardModel(model, own)(["Hello!"], [" yes" * 300])
+
+
+def test_positions_behind_that_of_padding(own):
+    """
+    RoBERTa counts positions from `pad_token_id` + 1: of 20, 17 are left where padding is token 2, and 14 where it is
+    token 5. BERT has all 20. The control: a model reads as many tokens and not one more.
+    """
+    settings = {"vocab_size": len(own), "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    settings |= {"num_hidden_layers": 1, "num_labels": 1, "max_position_embeddings": 20}
+    for kind, config, padding, length in (
+        (RobertaForSequenceClassification, RobertaConfig, 2, 17),
+        (RobertaForSequenceClassification, RobertaConfig, 5, 14),
+        (BertForSequenceClassification, BertConfig, 2, 20),
+    ):
+        own.pad_token = own.convert_ids_to_tokens(padding)
+        model = kind(config(**settings, pad_token_id=padding)).eval()
+        reward = RewardModel(model, own)
+        assert reward.max_length == length
+        fit, long = " a" * (length - 1), " a" * length  # and EOS
+        assert len(own(fit)["input_ids"]) == length - 1
+        scores = reward(["Hello!"] * 2, [fit, long])
+        assert scores[0] == pytest.approx(score_of(model, own(fit + own.eos_token)["input_ids"]), **EXACT)
+        assert scores[1] is None
+        with pytest.raises((RuntimeError, IndexError)):
+            score_of(model, own(long + own.eos_token)["input_ids"])
 
 
 def test_empty_completions(model, tokenizer):
@@ -302,6 +332,58 @@ def test_lora_adapters(tmp_path, tokenizer, tiny_model, texts):
         assert RewardModel(model, tokenizer)(*texts) == pytest.approx(alone, **EXACT)
 
 
+def test_adapters_without_a_tokenizer(tmp_path, caplog, tokenizer, tiny_model, texts):
+    """The base model's takes its place, and this is said."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="SEQ_CLS"))
+    model.save_pretrained(tmp_path / "adapter")
+    missing = "There is no tokenizer with the reward model .*adapter. Pass the one .* `tokenizer=`"
+    with pytest.raises(ValueError, match=missing):
+        RewardModel(tmp_path / "adapter")
+    expected = pytest.approx(RewardModel(model, tokenizer)(*texts), **EXACT)
+    assert RewardModel(tmp_path / "adapter", tokenizer)(*texts) == expected
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert RewardModel(tmp_path / "adapter")(*texts) == expected
+    (said,) = [record.getMessage() for record in caplog.records if "trl_lol" in record.name]
+    assert said.startswith("There is no tokenizer with") and said.endswith(f"base model, {tmp_path / 'base'}.")
+
+
+def test_models_without_a_tokenizer(tmp_path, model, texts):
+    with pytest.raises(ValueError, match=r"reward model that was made in memory.*`tokenizer=`"):
+        RewardModel(model)
+    settings = BertConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, vocab_size=99, num_labels=1)
+    BertForSequenceClassification(settings).save_pretrained(tmp_path / "bert")
+    # The control: transformers makes a tokenizer there, and to it every word is unknown
+    assert len(set(AutoTokenizer.from_pretrained(tmp_path / "bert")(texts[0][0])["input_ids"])) == 3
+    model.save_pretrained(tmp_path / "llama")
+    for folder in ("bert", "llama"):
+        with pytest.raises(ValueError, match=f"no tokenizer with the reward model .*{folder}. Pass"):
+            RewardModel(tmp_path / folder)
+
+
+def test_a_model_in_parts_stays_where_it_is(tmp_path, model, tokenizer, texts):
+    """
+    Its second layer and its head on the disk, from where they come when they are needed. The control: such a model
+    cannot be moved.
+    """
+    expected = pytest.approx(RewardModel(model, tokenizer)(*texts), **EXACT)
+    model.save_pretrained(tmp_path / "model")
+    parts = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    placed = {"device_map": {**parts, "model.rotary_emb": "cpu", "score": "disk"}, "offload_folder": tmp_path / "disk"}
+    reward = RewardModel(tmp_path / "model", tokenizer, **placed)
+    assert reward.model.score.weight.is_meta
+    assert reward(*texts) == expected
+    assert RewardModel(reward.model, tokenizer, device="cpu")(*texts) == expected
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        reward.model.to("cpu")
+
+
+def test_arguments_for_loading_what_is_loaded(model, tokenizer):
+    with pytest.raises(TypeError, match="`dtype`, `device_map`: for loading"):
+        RewardModel(model, tokenizer, dtype=torch.bfloat16, device_map="auto")
+
+
 def test_cache_key_is_of_the_weights(tmp_path, model, tokenizer, texts):
     model.save_pretrained(tmp_path / "a")
     tokenizer.save_pretrained(tmp_path / "a")
@@ -337,127 +419,19 @@ def test_models_of_reward_trainer(tmp_path, model, own, pairs):
     assert metrics["eval_accuracy"] > max(untrained["eval_accuracy"], 0.6)
 
 
-# --- ClassifierReward ---
-
-LABELS = ("polite", "neutral", "rude")
-
-
-@pytest.fixture
-def make_classifier(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Pipeline]:
-    """Makes a tiny BERT with three labels, in a pipeline. Only its tokenizer can know how long texts may be."""
-
-    def make(**config: object) -> Pipeline:
-        settings = BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=64,
-            initializer_range=0.3,
-            id2label=dict(enumerate(LABELS)),
-            label2id={label: i for i, label in enumerate(LABELS)},
-            pad_token_id=tokenizer.pad_token_id,
-            **config,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = BertForSequenceClassification(settings).eval()
-        return pipeline("text-classification", model=model, tokenizer=copy.deepcopy(tokenizer), device="cpu")
-
-    return make
-
-
-@torch.no_grad()
-def probabilities(classifier: Pipeline, text: str, max_length: int = 64) -> list[float]:
-    ids = classifier.tokenizer(text)["input_ids"][:max_length]
-    return classifier.model(input_ids=torch.tensor([ids])).logits[0].softmax(-1).tolist()
-
-
-@pytest.mark.parametrize("batch_size", [1, 16])
-@pytest.mark.parametrize("form", ["texts", "conversations"])
-def test_probability_of_a_label(make_classifier, request, form, batch_size):
-    prompts, completions = request.getfixturevalue(form)
-    classifier = make_classifier()
-    plain = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-    expected = [probabilities(classifier, text) for text in plain]
-    for i, label in enumerate(LABELS):
-        reward = ClassifierReward(classifier, label, batch_size=batch_size)
-        assert reward.__name__ == label
-        assert reward(prompts, completions) == pytest.approx([p[i] for p in expected], **EXACT)
-    assert apart([p[0] for p in expected], [p[1] for p in expected]) > 1e-4
-    assert len(reward(prompts[:1], completions[:1])) == 1
-
-
-def test_classifiers_have_no_dropout(make_classifier, texts):
-    """A pipeline leaves a model that it is given in training."""
-    classifier = make_classifier()
-    expected = [probabilities(classifier, text)[0] for text in texts[1]]
-    reward = ClassifierReward(classifier, "polite")
-    classifier.model.train()
-    assert probabilities(classifier, texts[1][0])[0] != expected[0]
-    assert reward(*texts) == pytest.approx(expected, **EXACT)
-
-
-def test_unknown_labels(make_classifier):
-    with pytest.raises(ValueError, match="'polite', 'neutral', 'rude', and not 'Polite'"):
-        ClassifierReward(make_classifier(), "Polite")
-
-
-def test_with_prompt(make_classifier, texts, conversations):
-    """Texts are put one behind the other, messages one per line."""
-    classifier = make_classifier()
-    reward = ClassifierReward(classifier, "rude", with_prompt=True)
-    for prompts, completions in (texts, conversations):
-        whole = [
-            p + c if isinstance(p, str) else "\n".join(m["content"] for m in p + c)
-            for p, c in zip(prompts, completions, strict=True)
-        ]
-        scores = reward(prompts, completions)
-        assert scores == pytest.approx([probabilities(classifier, text)[2] for text in whole], **EXACT)
-        assert scores != pytest.approx(ClassifierReward(classifier, "rude")(prompts, completions), **EXACT)
-
-
-@pytest.mark.parametrize("model_max_length", [64, 32, int(1e30)])
-def test_long_texts_are_cut(make_classifier, model_max_length):
-    """To what the tokenizer says, or else to what the model has positions for; 81 tokens are more than both."""
-    classifier = make_classifier()
-    classifier.tokenizer.model_max_length = model_max_length
-    (score,) = ClassifierReward(classifier, "polite")(["p"], ["a " * 81])
-    expected = probabilities(classifier, "a " * 81, min(model_max_length, 64))[0]
-    assert score == pytest.approx(expected, **EXACT)
-    (short,) = ClassifierReward(classifier, "polite", max_length=8)(["p"], ["a " * 81])
-    assert short == pytest.approx(probabilities(classifier, "a " * 81, 8)[0], **EXACT)
-    assert abs(short - score) > 1e-4
-
-
-def test_logits(make_classifier):
-    """What is passed on reaches the pipeline: softmax of the logits is the probability."""
-    classifier = make_classifier()
-    logits = [ClassifierReward(classifier, n, function_to_apply="none")(["p"], ["Hello!"])[0] for n in LABELS]
-    total = sum(math.exp(logit) for logit in logits)
-    assert [math.exp(logit) / total for logit in logits] == pytest.approx(probabilities(classifier, "Hello!"))
-
-
 # --- the cache ---
 
 
-def count(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[int]:
-    """How many completions each call of the adapters of a class scores."""
+def test_scores_of_reward_models_are_found_again(tmp_path, monkeypatch, model, tokenizer, pairs):
+    """By the same instance and by another of the same folder; not with other weights."""
     calls = []
-    call = kind.__call__
+    call = RewardModel.__call__
 
     def counted(self, prompts, completions, **columns):
         calls.append(len(completions))
         return call(self, prompts, completions, **columns)
 
-    monkeypatch.setattr(kind, "__call__", counted)
-    return calls
-
-
-def test_scores_of_reward_models_are_found_again(tmp_path, monkeypatch, model, tokenizer, pairs):
-    """By the same instance and by another of the same folder; not with other weights."""
-    calls = count(monkeypatch, RewardModel)
+    monkeypatch.setattr(RewardModel, "__call__", counted)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     reward, rows = RewardModel(tmp_path / "model"), pairs.take(8)
@@ -480,13 +454,3 @@ def test_the_hash_of_a_reward_model_is_of_what_scores_depend_on(tmp_path, model,
         for folder, batch_size in ((tmp_path / "a", 16), (tmp_path / "b", 16), (tmp_path / "a", 4))
     }
     assert len(hashes) == 1 and None not in hashes
-
-
-def test_scores_of_classifiers_are_found_again(tmp_path, monkeypatch, make_classifier, pairs):
-    calls = count(monkeypatch, ClassifierReward)
-    reward, rows = ClassifierReward(make_classifier(), "polite"), pairs.take(8)
-    for same in (reward, reward, ClassifierReward(make_classifier(), "polite")):
-        score_dataset(rows, same, cache_dir=tmp_path)
-    assert calls == [16]
-    score_dataset(rows, ClassifierReward(make_classifier(), "rude"), cache_dir=tmp_path)
-    assert calls == [16, 16]

@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 from torch.utils.data import WeightedRandomSampler
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from trl_lol._epochs import SetEpochCallback
+from trl_lol._resume import SetEpochCallback
 from trl_lol.advantages import priority_weights
 from trl_lol.offline.sampling import EpochSampler
 

@@ -28,7 +28,7 @@ from trl_lol import (
     toy,
     weighted_sum,
 )
-from trl_lol._epochs import SetEpochCallback
+from trl_lol._resume import SetEpochCallback
 from trl_lol.offline.trainer import _OfflineRewardTrainer
 from trl_lol.online.trainer import _ActorCriticTrainer
 

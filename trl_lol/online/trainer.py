@@ -19,8 +19,8 @@ from trl import GRPOTrainer
 
 from .._arguments import resolve_args
 from .._cache import write_tensors, written_beside
-from .._epochs import SetEpochCallback
 from .._reference import copy_adapter_as_reference, copy_as_reference
+from .._resume import SetEpochCallback, same_dtypes
 from .._trl import (
     add_fused_lm_head,
     disable_gradient_checkpointing,
@@ -447,7 +447,8 @@ class _ActorCriticTrainer(GRPOTrainer):
                 torch.save({"key": self._rollouts_key, "step": self._step, "batches": self._buffered_inputs}, beside)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with self._without_value_head():  # which has a file of its own
+        # The value head has a file of its own
+        with self._without_value_head(), same_dtypes(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_value_head(resume_from_checkpoint)
         path = Path(resume_from_checkpoint, f"rollouts_{self.accelerator.process_index}.pt")

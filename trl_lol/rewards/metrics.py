@@ -66,10 +66,11 @@ class MetricReward:
             is_scored = [reference is not None and reference != [] for reference in references]
             batch = {"predictions": [*compress(batch["predictions"], is_scored)]}
             batch["references"] = [_as_reference(reference) for reference in compress(references, is_scored)]
-        scores = iter(self._score(batch))
-        return [next(scores) if x else None for x in is_scored]
+        scores = dict(zip(compress(range(len(completions)), is_scored), self._score(batch), strict=True))
+        return [scores.get(i) for i in range(len(completions))]
 
     def _score(self, batch: dict[str, list]) -> Rewards:
+        """Scores of completions that all have a reference, if there are any."""
         num_rows = len(batch["predictions"])
         rows = [{name: values[i : i + 1] for name, values in batch.items()} for i in range(num_rows)]
         scores = None

@@ -48,7 +48,8 @@ class RewardModel:
             Its tokenizer. If `None`, it is loaded from where the model is; that of an adapter without one from where
             its base model is.
         batch_size (`int`, *optional*, defaults to `16`):
-            Number of sequences in a forward. Those of like length are put together; the scores do not depend on it.
+            Number of sequences in a forward. Those of like length are put together; the scores do not depend on it,
+            except in 8 bits, where outliers are looked for by batch unless `llm_int8_threshold=0.0`.
         device (`str` or `torch.device`, *optional*):
             Device to put the model on. If `None`, it is this process's. A model that is on a GPU already, quantised,
             or loaded with a `device_map` stays where it is.
@@ -176,13 +177,17 @@ def _load_tokenizer(model_id: str, model: PreTrainedModel) -> PreTrainedTokenize
     for name in filter(None, dict.fromkeys([model_id, base_id])):
         with suppress(OSError, ValueError):
             tokenizer = AutoTokenizer.from_pretrained(name)
-            # For some architectures, transformers makes one with special tokens alone where there are no files
-            if len(tokenizer) > len(tokenizer.all_special_ids):
+            if not _is_empty(tokenizer):
                 if name != model_id:
                     logger.warning(f"There is no tokenizer with {model_id}. Using that of its base model, {name}.")
                 return tokenizer
     where = f"with the reward model {model_id}" if model_id else "known for a reward model that was made in memory"
     raise ValueError(f"There is no tokenizer {where}. Pass the one that it was trained with as `tokenizer=`.")
+
+
+def _is_empty(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """For some architectures, transformers makes a tokenizer of special tokens alone where there are no files."""
+    return len(tokenizer) <= len(tokenizer.all_special_ids)
 
 
 def _longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -232,7 +237,7 @@ class ClassifierReward:
             Passed to the pipeline, such as `function_to_apply="none"` for the logit.
 
     Raises:
-        `ValueError`: If the classifier has no such label.
+        `ValueError`: If the classifier has no such label, or no tokenizer.
 
     Example:
 
@@ -256,6 +261,11 @@ class ClassifierReward:
         labels = list(classifier.model.config.id2label.values())
         if label not in labels:
             raise ValueError(f"The classifier has the labels {', '.join(map(repr, labels))}, and not {label!r}.")
+        if _is_empty(classifier.tokenizer):
+            raise ValueError(
+                f"There is no tokenizer with the classifier {get_config_model_id(classifier.model.config)}. Pass a "
+                "pipeline with the one that it was trained with."
+            )
         self.classifier = copy.copy(classifier)
         self.classifier.tokenizer = copy.deepcopy(classifier.tokenizer)
         self.classifier.tokenizer.truncation_side = "left"

@@ -1,8 +1,27 @@
-"""Orders that are a function of the seed and the epoch, so that a run resumes."""
+"""What it takes for a resumed run to equal one that was not interrupted."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+@contextmanager
+def same_dtypes(model: nn.Module) -> Iterator[None]:
+    """
+    Leave the parameters in the types that they had: TRL trains the adapter of a quantised model in bfloat16, and PEFT
+    reads it from a checkpoint into float32.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model, whose parameters are loaded within the context.
+    """
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
 
 
 class HasEpoch(Protocol):
