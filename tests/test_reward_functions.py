@@ -26,6 +26,7 @@ from trl_lol.rewards import (
     ColumnReward,
     MetricReward,
     RewardModel,
+    cache_rewards,
     call_reward_funcs,
     clip,
     standardize,
@@ -407,6 +408,7 @@ def test_adapters_work_in_trls_trainers(
         clip(reward_model, 0.0, 0.5),
         standardize(ColumnReward("score"), mean=1.0, std=2.0),
         weighted_sum([clip(slow_length, high=2.0), ColumnReward("score")], [1.0, 0.5]),
+        cache_rewards(sigmoid(reward_model), tmp_path / "cache"),
     ]
     seen = []
 
