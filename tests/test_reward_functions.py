@@ -29,6 +29,7 @@ from trl_lol.rewards import (
     cache_rewards,
     call_reward_funcs,
     clip,
+    sigmoid,
     standardize,
     weighted_sum,
 )
