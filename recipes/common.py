@@ -471,11 +471,13 @@ def ranking(
 # ---- Results ----
 
 
-def write_results(results: dict[str, dict[str, float]], output_dir: Path) -> None:
+def write_results(
+    results: dict[str, dict[str, float]], output_dir: Path, of: str = "policy", title: str = "On held-out prompts"
+) -> None:
     """Print the table, and keep it as JSON and Markdown."""
     columns = list({name: None for metrics in results.values() for name in metrics if name != "reward_std"})
-    table = Table("policy", *(name.replace("_", " ") for name in columns), title="On held-out prompts")
-    lines = ["| policy | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    table = Table(of, *(name.replace("_", " ") for name in columns), title=title)
+    lines = [f"| {of} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     for policy, metrics in results.items():
         cells = [f"{metrics[name]:.3f}" if name in metrics else "" for name in columns]
         table.add_row(policy, *cells)

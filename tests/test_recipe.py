@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from peft import PeftModel
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 
@@ -21,6 +22,9 @@ import common
 import copg_gsm8k
 import drpo_tldr
 import ppo_hh
+import reward_model as reward_recipe
+
+from trl_lol import RewardModel
 
 
 @pytest.fixture(autouse=True)
@@ -365,3 +369,65 @@ def test_references_from_a_folder(tmp_path, monkeypatch, tiny_model, tokenizer, 
 def test_rewards_of_the_online_recipes(tmp_path, monkeypatch, options, message):
     with pytest.raises(ValueError, match=message):
         run_recipe(monkeypatch, ppo_hh, {"use_cpu": True, "bf16": False, "output_dir": tmp_path, **options})
+
+
+def test_accuracy_of_a_reward_model():
+    """Of one pair ranked right, one wrong and one tied, one and a half are right: 1/2 ± √(1/2 · 1/2 / 3). A pair with
+    a completion that is not scored does not count."""
+    pairs = Dataset.from_dict({"chosen_reward": [2.0, 0.0, 1.0, None], "rejected_reward": [1.0, 3.0, 1.0, 0.0]})
+    assert reward_recipe.accuracy(pairs) == pytest.approx({"accuracy": 0.5, "standard_error": (1 / 12) ** 0.5})
+    assert reward_recipe.accuracy(pairs.take(1)) == {"accuracy": 1.0, "standard_error": 0.0}
+
+
+@pytest.mark.parametrize("peft", [False, True])
+@pytest.mark.parametrize("from_folder", [False, True])
+def test_a_reward_model_is_trained_saved_and_used(
+    tmp_path, monkeypatch, tiny_model, tokenizer, scored_pairs, from_folder, peft
+):
+    """What `RewardModel` loads from the folder scores as what was trained, and not as what training started from: 4
+    steps at 1e-2 move the scores. A-LoL then trains on them."""
+    trainers = []
+
+    class Recorded(reward_recipe.RewardTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            trainers.append(self)
+            if peft:
+                assert isinstance(self.model, PeftModel)
+            self.initial_scores = scores(RewardModel(self.model, self.processing_class))
+
+    def scores(reward):
+        return torch.tensor(reward(scored_pairs["prompt"][:8], scored_pairs["chosen"][:8]))
+
+    monkeypatch.setattr(reward_recipe, "RewardTrainer", Recorded)
+    monkeypatch.setattr(common.toy, "make_model", partial(common.toy.make_model, hidden_size=32))
+    options = {
+        "config": reward_recipe.TOY_CONFIG, "output_dir": tmp_path / "out", "toy_prompts": 20, "max_test_rows": 3,
+        "reference_sft_steps": 1, "max_steps": 4, "learning_rate": 1e-2, "max_new_tokens": 4, "num_generations": 1,
+        "per_device_train_batch_size": 4, "use_cpu": True, "use_peft": peft, "lora_target_modules": "all-linear",
+    }  # fmt: skip
+    if from_folder:
+        tiny_model().save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        for split, rows in (("train", scored_pairs.take(20)), ("test", scored_pairs.skip(100).take(4))):
+            rows.to_json(tmp_path / "data" / f"{split}.jsonl")
+        options |= {"dataset_name": tmp_path / "data", "model_name_or_path": tmp_path / "model", "dtype": "float32"}
+    run_recipe(monkeypatch, reward_recipe, options)
+
+    [trainer] = trainers
+    assert (tmp_path / "out" / "adapter_config.json").exists() == peft
+    loaded = scores(RewardModel(str(tmp_path / "out")))
+    torch.testing.assert_close(loaded, scores(RewardModel(trainer.model, trainer.processing_class)), atol=1e-5, rtol=0)
+    assert (loaded - trainer.initial_scores).abs().max() > 1e-3
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    expected = (
+        ["the scores in the data"]
+        if from_folder
+        else ["oracle reward", "reward model, where the annotator does not err"]
+    )
+    assert list(results) == ["reward model", "length", *expected]
+    assert all(0 <= result["accuracy"] <= 1 for result in results.values())
+    policies = json.loads((tmp_path / "out" / "policy" / "results.json").read_text())
+    assert list(policies) == ["reference", "SFT on chosen", "A-LoL"]
+    assert all(("reward" in metrics) != from_folder and "train_reward" in metrics for metrics in policies.values())
+    assert ("pair_accuracy" in policies["A-LoL"]) == from_folder
