@@ -131,7 +131,7 @@ def test_examples_are_the_extremes():
         return [(f"prompt {i}", f"completion {i}") for i in positions]
 
     report = as_report([1, 3, 0, 3, 6], [1] * 5, examples=examples, num_examples=2)
-    assert asked == [[4, 1, 2, 0]]  # only what is shown is decoded
+    assert asked == [[4, 1], [2, 0]]  # only what is shown is decoded
     assert [x["completion"] for x in report.best] == ["completion 4", "completion 1"]
     assert report.worst[0] == {
         "prompt": "prompt 2",

@@ -50,16 +50,19 @@ def model_key(model: PreTrainedModel) -> tuple:
             The model.
 
     Returns:
-        `tuple`: The hash of the weights and the settings, equal across processes.
+        `tuple`: The hash of the weights, the settings and the adapters in use, equal across processes.
     """
     configs = [model.config, *(model.peft_config.values() if is_peft_model(model) else ())]
+    # Which of the adapters are in use is in neither
+    status = model.get_model_status() if is_peft_model(model) else None
+    adapters = None if status is None else (status.enabled, status.active_adapters)
     names = {"_name_or_path", "base_model_name_or_path"}  # where the weights came from does not matter
     settings = [
         # a set of strings has another order in every process
         {k: str(sorted(v) if isinstance(v, set) else v) for k, v in config.to_dict().items() if k not in names}
         for config in configs
     ]
-    return hash_module(model), settings
+    return hash_module(model), settings, adapters
 
 
 def tokenizer_key(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> tuple:
@@ -71,11 +74,16 @@ def tokenizer_key(processing_class: PreTrainedTokenizerBase | ProcessorMixin) ->
             Tokenizer or processor.
 
     Returns:
-        `tuple`: The vocabulary, the special tokens and the chat template.
+        `tuple`: The vocabulary, how texts are cut by it, the special tokens and the chat template.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return sorted(tokenizer.get_vocab().items()), special, processing_class.chat_template
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
+    pipeline = {
+        name: part for name, part in backend.items() if name not in ("truncation", "padding")
+    }  # of the last use
+    vocab = sorted(tokenizer.get_vocab().items())
+    return vocab, json.dumps(pipeline, sort_keys=True), special, processing_class.chat_template
 
 
 def cached(
@@ -152,9 +160,13 @@ class JsonLines:
 
     def write(self, value: Any) -> None:
         """Add a value."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f"{PartialState().process_index}.jsonl", "a") as file:
-            file.write("\n" + json.dumps(value) + "\n")  # a line of its own also behind half a line
+        path = self.folder / f"{PartialState().process_index}.jsonl"
+        while True:
+            with suppress(FileNotFoundError, FileExistsError):  # another run is done, and removes the folder
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with open(path, "a") as file:
+                    file.write("\n" + json.dumps(value) + "\n")  # a line of its own also behind half a line
+                return
 
     def remove(self) -> None:
         """Forget everything."""

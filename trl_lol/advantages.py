@@ -46,7 +46,6 @@ def sequence_advantages(
     """
     rewards = rewards if rewards.is_floating_point() else rewards.float()
     scored = ~rewards.isnan()
-    # In double precision, where the mean of equal rewards is exactly that reward: a tie is no advantage
     known = rewards.masked_fill(~scored, 0.0).double()
     if baseline == "value":
         if values is None:
@@ -54,20 +53,24 @@ def sequence_advantages(
                 '`baseline="value"` needs `values`, one per completion. Pass them or pick another baseline.'
             )
         subtracted = values
-    elif baseline in ("group_mean", "leave_one_out"):
-        if group_ids is None:
+    elif baseline in ("group_mean", "leave_one_out", "batch_mean"):
+        if baseline == "batch_mean":
+            group_ids = torch.zeros_like(known, dtype=torch.long)
+        elif group_ids is None:
             raise ValueError(f'`baseline="{baseline}"` needs `group_ids`, equal for the completions of one prompt.')
         _, index = group_ids.unique(return_inverse=True)
-        groups = int(index.max()) + 1 if index.numel() else 0
-        total = known.new_zeros(groups).index_add(0, index, known)[index]
-        count = known.new_zeros(groups).index_add(0, index, scored.to(known))[index]
-        if baseline == "group_mean":
-            subtracted = total / count.clamp(min=1)
-        else:
+        groups = known.new_zeros(int(index.max()) + 1 if index.numel() else 0)
+        # Counted from the lowest of the group, equal rewards are zeros, and their mean is one, too: a tie is no
+        # advantage, whatever the rounding
+        lowest = groups.scatter_reduce(0, index[scored], known[scored], "amin", include_self=False)
+        known = (known - lowest[index]).masked_fill(~scored, 0.0)
+        total = groups.index_add(0, index, known)[index]
+        count = groups.index_add(0, index, scored.to(known))[index]
+        if baseline == "leave_one_out":
             subtracted = (total - known) / (count - 1).clamp(min=1)
             scored = scored & (count > 1)
-    elif baseline == "batch_mean":
-        subtracted = known.sum() / scored.sum().clamp(min=1)
+        else:
+            subtracted = total / count.clamp(min=1)
     elif baseline == "none":
         subtracted = torch.zeros_like(known)
     else:

@@ -152,6 +152,11 @@ def check_row(row: Mapping[str, Any], index: int) -> Group:
         raise ValueError(f"Row {index}: {error}") from None
     if group.prompt is None or None in group.completions:
         raise ValueError(f"Row {index} has a null prompt or completion. Give it a text or messages, or drop the row.")
+    if odd := [text for text in (group.prompt, *group.completions) if not isinstance(text, str | list)]:
+        raise ValueError(
+            f"Row {index} has a {type(odd[0]).__name__}, {odd[0]!r}, for a prompt or completion. Give it a text or "
+            "messages."
+        )
     if len({isinstance(text, str) for text in (group.prompt, *group.completions)}) > 1:
         raise ValueError(
             f"Row {index} mixes text and messages in its prompt and completions. Use one kind; if `chosen` and "

@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,9 +20,9 @@ from ._cache import model_key
 from ._trl import get_config_model_id
 from .advantages import mean_rewards, sequence_advantages
 from .data import as_group, check_columns, check_row, prompt_key, tokenize_prompt, tokenize_row
-from .generation import sample_completions
+from .generation import evaluating, sample_completions
 from .rewards import ColumnReward, RewardFunc, score_dataset
-from .rewards.calling import Rewards
+from .rewards.calling import Rewards, parts_of
 from .rewards.scoring import reward_columns, write_rewards
 from .value import ValueEstimator
 
@@ -40,8 +41,10 @@ def estimate_advantages(
     max_prompts: int = 1024,
     num_generations: int = 1,
     max_completion_length: int = 256,
+    value_range: Sequence[float] | None = None,
+    learning_rate: float | None = None,
+    num_train_epochs: int = 10,
     seed: int = 0,
-    **value_kwargs: Any,
 ) -> Dataset:
     """
     Advantage of each completion over what a policy would get, as A-LoL takes it before it trains ([Baheti et al.,
@@ -77,10 +80,10 @@ def estimate_advantages(
             Number of completions per prompt that `"rollouts"` samples.
         max_completion_length (`int`, *optional*, defaults to `256`):
             Maximum length of these, in tokens.
+        value_range, learning_rate, num_train_epochs:
+            Of the value head, see [`~trl_lol.value.fit_value_head`].
         seed (`int`, *optional*, defaults to `0`):
             Seed of the fit and of the rollouts.
-        **value_kwargs:
-            Passed to [`~trl_lol.value.fit_value_head`]: `value_range`, `learning_rate`, `num_train_epochs`.
 
     Returns:
         [`~datasets.Dataset`]: The same rows with `reward`, `value` and `advantage`; groups have lists, `rewards` and
@@ -98,6 +101,8 @@ def estimate_advantages(
     >>> better = scored.filter(lambda row: row["advantage"] > 0)  # for SFTTrainer
     ```
     """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"`estimate_advantages` needs a `Dataset`, which it reads twice, and got {type(dataset)}.")
     check_columns(dataset.column_names)
     if value_source not in ("dataset", "rollouts"):
         raise ValueError(f'`value_source={value_source!r}` is unknown. Use "dataset" or "rollouts".')
@@ -107,6 +112,11 @@ def estimate_advantages(
         check_scores_rollouts(reward_funcs)
     if baseline == "value" and model is None:
         raise ValueError('`baseline="value"` needs a `model`, whose value it is. Pass it, or pick another baseline.')
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"The model has a {model.active_peft_config.peft_type.value} adapter, whose virtual tokens are no part of "
+            "the prompts that are read here. Merge it, pass a LoRA, or pick a baseline that needs no model."
+        )
     if processing_class is None and model is not None:
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         processing_class = AutoTokenizer.from_pretrained(model_id)
@@ -128,17 +138,19 @@ def estimate_advantages(
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model).to(PartialState().device)
         estimator = ValueEstimator(
-            partial(_evaluating, model),
+            partial(_as_policy, model),
             cache_dir=cache_dir,
             cache_key=model_key(model),
             batch_size=batch_size,
             max_prompts=max_prompts,
             seed=seed,
-            **value_kwargs,
+            value_range=value_range,
+            learning_rate=learning_rate,
+            num_train_epochs=num_train_epochs,
         )
         rewarded = prompts, *mean_rewards(flat, group_ids, len(prompts))
         if value_source == "rollouts":
-            with _evaluating(model) as policy:
+            with _as_policy(model) as policy:
                 rewarded = score_rollouts(
                     dataset,
                     policy,
@@ -247,19 +259,12 @@ def check_scores_rollouts(reward_funcs: RewardFunc | Sequence[RewardFunc] | None
             '`value_source="rollouts"` scores completions of the policy, and there are no `reward_funcs` to do it '
             'with: the rewards in the dataset are of other completions. Pass them, or set `value_source="dataset"`.'
         )
-    if logged := [func.column for func in _parts(reward_funcs) if isinstance(func, ColumnReward)]:
+    if logged := [func.column for func in parts_of(reward_funcs) if isinstance(func, ColumnReward)]:
         raise ValueError(
             f"`ColumnReward({logged[0]!r})` has rewards for the completions in the dataset, and none for the policy's "
             'own, which `value_source="rollouts"` scores. Pass a reward function that can score any completion, or '
             'set `value_source="dataset"`.'
         )
-
-
-def _parts(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> Iterator[RewardFunc]:
-    """The functions, and those that they are made of."""
-    for func in reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]:
-        yield func
-        yield from _parts(getattr(func, "reward_funcs", []))
 
 
 def _with_nan(rewards: Iterable[Rewards]) -> list[list[float]]:
@@ -273,14 +278,10 @@ def with_rewards(prompts: list[list[int]], means: Tensor, counts: Tensor) -> tup
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+def _as_policy(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """The model without a PEFT wrapper, in eval mode."""
-    base_model = model.get_base_model() if is_peft_model(model) else model
-    was_training = base_model.training
-    try:
-        yield base_model.eval()
-    finally:
-        base_model.train(was_training)
+    with evaluating(model):
+        yield model.get_base_model() if is_peft_model(model) else model
 
 
 def group_by_prompt_ids(
@@ -304,4 +305,5 @@ def group_by_prompt_ids(
     for ids, row in zip(prompt_ids, rewards, strict=True):
         group_ids += [positions.setdefault(tuple(ids), len(positions))] * len(row)
         flat += row
-    return [list(ids) for ids in positions], torch.tensor(group_ids), torch.tensor(flat, dtype=torch.float64)
+    group_ids = torch.tensor(group_ids, dtype=torch.long)
+    return [list(ids) for ids in positions], group_ids, torch.tensor(flat, dtype=torch.float64)

@@ -346,7 +346,7 @@ class ValueEstimator:
     ) -> None:
         self.reference = reference
         self.cache_dir = cache_dir
-        self.key = (cache_key, max_prompts, seed, fit_kwargs)
+        self.settings = self.key = (cache_key, max_prompts, seed, fit_kwargs)
         self.batch_size = batch_size
         self.max_prompts = max_prompts
         self.fit_kwargs = {"seed": seed, **fit_kwargs}
@@ -366,10 +366,17 @@ class ValueEstimator:
             weights (`torch.Tensor`, *optional*):
                 Number of completions behind each mean, of shape `(num_prompts,)`.
         """
+        if not len(prompt_ids) or self.max_prompts < 1:
+            raise ValueError(
+                f"There are {len(prompt_ids)} prompts with a scored completion, of which `max_prompts="
+                f"{self.max_prompts}` are to be read, so there is nothing to fit a value head on. Check the rewards: "
+                "null means that a completion is not scored."
+            )
         order = torch.randperm(len(prompt_ids), generator=torch.Generator().manual_seed(self.fit_kwargs["seed"]))
         fitted = order[: self.max_prompts].sort().values
         weights = torch.ones_like(rewards) if weights is None else weights
-        self.key = (self.key, [prompt_ids[i] for i in fitted], rewards[fitted].tolist(), weights[fitted].tolist())
+        fitted_on = [prompt_ids[i] for i in fitted], rewards[fitted].tolist(), weights[fitted].tolist()
+        self.key = (self.settings, *fitted_on)
 
         def compute() -> dict[str, Tensor]:
             is_main = PartialState().is_main_process

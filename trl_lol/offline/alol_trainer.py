@@ -1,3 +1,4 @@
+import math
 import textwrap
 from collections.abc import Iterable
 from functools import cached_property
@@ -6,7 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
@@ -226,7 +227,8 @@ class ALoLTrainer(_OfflineRewardTrainer):
         return sequence_advantages(rewards, group_ids=group_ids, values=values, baseline=self.args.baseline)
 
     def _fit_values(self, prompts: list[list[int]], group_ids: Tensor, rewards: Tensor) -> Tensor:
-        if rewards.min() == rewards.max():
+        # Rollouts of the policy may differ where the logged completions are all equally good
+        if rewards.min() == rewards.max() and not self.args.uses_rollouts:
             raise ValueError(
                 f"All {len(rewards)} rewards are {rewards[0]:.4g}: no completion is better than the policy's value of "
                 'its prompt. Check the rewards, or set `baseline="none"` to train on every completion alike.'
@@ -251,25 +253,31 @@ class ALoLTrainer(_OfflineRewardTrainer):
         args = self.args
         # The policy has seen nothing of the evaluation prompts that the training prompts do not show
         held_out = [dataset for name, dataset in self._rows.items() if name != "train"]
-        rows = [
-            dataset if isinstance(dataset, Dataset) else Dataset.from_list([*islice(dataset, args.value_max_prompts)])
-            for dataset in held_out or self._rows.values()
-        ]
+        datasets = held_out or list(self._rows.values())
+        num_prompts = math.ceil(args.value_max_prompts / len(datasets))
+        prompts, rewards = [], []
         with self._reference_policy() as model:
-            return score_rollouts(
-                concatenate_datasets(rows),
-                model,
-                self.reward_funcs,
-                self.processing_class,
-                reward_weights=args.reward_weights,
-                num_prompts=args.value_max_prompts,
-                num_generations=args.value_num_generations,
-                max_completion_length=args.value_max_completion_length,
-                max_length=args.max_length,
-                batch_size=args.per_device_eval_batch_size,
-                seed=args.seed,
-                cache_dir=self.cache_dir,
-            )
+            for rows in datasets:  # whose columns may differ
+                if isinstance(rows, IterableDataset):
+                    rows = Dataset.from_list([*islice(rows, num_prompts)])
+                completed, means, counts = score_rollouts(
+                    rows,
+                    model,
+                    self.reward_funcs,
+                    self.processing_class,
+                    reward_weights=args.reward_weights,
+                    num_prompts=num_prompts,
+                    num_generations=args.value_num_generations,
+                    max_completion_length=args.value_max_completion_length,
+                    max_length=args.max_length,
+                    batch_size=args.per_device_eval_batch_size,
+                    seed=args.seed,
+                    cache_dir=self.cache_dir,
+                )
+                prompts += completed
+                rewards += [[mean] * int(count) for mean, count in zip(means.tolist(), counts, strict=True)]
+        prompts, group_ids, flat = group_by_prompt_ids(prompts, rewards)
+        return prompts, *mean_rewards(flat, group_ids, len(prompts))
 
     def _report(self, rewards: Tensor, advantages: Tensor, group_ids: Tensor, dataset: Dataset) -> None:
         args = self.args

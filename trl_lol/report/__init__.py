@@ -38,7 +38,7 @@ class AdvantageReport:
         num_kept (`int`):
             Number of those with a positive advantage.
         rewards, values, advantages (`list[float]`):
-            Their quantiles at 0, 5, 25, 50, 75, 95 and 100 %.
+            Their quantiles at 0, 5, 25, 50, 75, 95 and 100 %, each one of the numbers (that of the nearest rank).
         value_r2 (`float` or `None`):
             Part of the rewards' variance that the values explain, 1 − Σ(R − V)² / Σ(R − mean R)²: 1 if they are the
             rewards, 0 if they do no better than the mean reward, negative if worse. It says how well a value foresees
@@ -137,23 +137,22 @@ class AdvantageReport:
         for name, is_kept in zip(subsets or [], kept.tolist() if subsets else [], strict=True):
             num_kept, total = counts.get(str(name), (0, 0))
             counts[str(name)] = (num_kept + is_kept, total + 1)
-        extremes = [advantages.argsort(descending=down, stable=True)[:num_examples].tolist() for down in (True, False)]
-        shown = [i for positions in extremes for i in positions] if examples else []
-        texts = dict(zip(shown, examples(shown) if examples else [], strict=True))
-        best, worst = (
-            [
+
+        def pick(descending: bool) -> list[Example]:
+            if examples is None:
+                return []
+            positions = advantages.argsort(descending=descending, stable=True)[:num_examples].tolist()
+            return [
                 Example(
-                    prompt=texts[i][0],
-                    completion=texts[i][1],
+                    prompt=prompt,
+                    completion=completion,
                     reward=rewards[i].item(),
                     value=values[i].item(),
                     advantage=advantages[i].item(),
                 )
-                for i in positions
-                if texts
+                for i, (prompt, completion) in zip(positions, examples(positions), strict=True)
             ]
-            for positions in extremes
-        )
+
         return cls(
             num_completions=len(rewards),
             num_kept=int(kept.sum()),
@@ -171,8 +170,8 @@ class AdvantageReport:
                 name: histogram(x, kept, rewards)
                 for name, x in (("rewards", rewards), ("values", values), ("advantages", advantages))
             },
-            best=best,
-            worst=worst,
+            best=pick(descending=True),
+            worst=pick(descending=False),
         )
 
     @classmethod

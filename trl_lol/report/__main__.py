@@ -6,6 +6,7 @@ Advantages of a file or dataset, and the report of them:
 """
 
 import argparse
+import json
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from datasets.exceptions import DatasetsError
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from .._cache import written_beside
 from ..advantages import BASELINES
 from ..data import check_columns
 from ..estimation import estimate_advantages
@@ -131,7 +133,10 @@ def load_rows(args: argparse.Namespace) -> Dataset:
     if path.is_file():
         if not suffixes or suffixes[-1] not in FORMATS:
             raise ValueError(f"accepted files end in {', '.join(FORMATS)}, or one of these and .gz.")
-        dataset = load_dataset(FORMATS[suffixes[-1]], data_files=str(path), split="train")
+        kind = FORMATS[suffixes[-1]]
+        # An answer "None" is an answer; what is empty is null
+        options = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
+        dataset = load_dataset(kind, data_files=str(path), split="train", **options)
     elif any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
         dataset = load_from_disk(str(path))
         if isinstance(dataset, DatasetDict):
@@ -142,6 +147,8 @@ def load_rows(args: argparse.Namespace) -> Dataset:
         raise ValueError("there is no such file.")
     else:
         dataset = load_dataset(args.data, split=args.split)
+    if not len(dataset):
+        raise ValueError("it has no rows.")
     if args.max_rows is not None and args.max_rows < len(dataset):
         dataset = dataset.select(sorted(random.Random(args.seed).sample(range(len(dataset)), args.max_rows)))
     return rename(dataset, args)
@@ -184,7 +191,9 @@ def write(report: AdvantageReport, dataset: Dataset, folder: Path) -> None:
     else:
         print(report)
     report.save(folder / "report.json")
-    dataset.to_json(folder / "scored.jsonl", force_ascii=False, double_precision=15)
+    with written_beside(folder / "scored.jsonl") as beside, open(beside, "w") as file:
+        for row in dataset.with_format(None):
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
     try:
         names = ["report.json", "scored.jsonl", *(path.name for path in report.plot(folder))]
     except ImportError as error:

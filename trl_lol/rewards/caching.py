@@ -6,10 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets.fingerprint import Hasher
+
 from .._cache import JsonLines
 from .._trl import get_callable_name, is_async_callable
-from .calling import RewardFunc, Rewards, call, call_async, check_reward_funcs
+from .calling import RewardFunc, Rewards, call, call_async, check_reward_funcs, parts_of
+from .functions import ColumnReward
 from .hashing import hash_reward_funcs
+from .scoring import REWARD_FEATURES
+
+
+# What differs between two places that the same text stands in
+NOT_TEXT = {"completion_ids", "completion_index", *REWARD_FEATURES}
 
 
 class _CachedReward:
@@ -30,14 +38,14 @@ class _CachedReward:
         """The key of each completion, and where those are that are not known."""
         names = self.columns
         if names is None:
-            names = sorted(n for n, values in columns.items() if isinstance(values, list) and n != "completion_ids")
+            names = sorted(n for n, values in columns.items() if isinstance(values, list) and n not in NOT_TEXT)
         elif absent := set(names) - columns.keys():
             raise ValueError(
                 f"Rewards are kept by the columns {', '.join(names)}, and {', '.join(sorted(absent))} is not there; "
                 f"the columns are {', '.join(sorted(columns)) or 'none'}."
             )
         asked = zip(prompts, completions, *(columns[name] for name in names), strict=True)
-        texts = [json.dumps([names, row], sort_keys=True, default=str) for row in asked]
+        texts = [json.dumps([names, row], sort_keys=True, default=Hasher.hash) for row in asked]
         keys = [hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts]
         return keys, {key: i for i, key in enumerate(keys) if key not in self.scores}
 
@@ -61,12 +69,6 @@ class _CachedReward:
             self.scores |= scores
         return [self.scores.get(key) for key in keys]
 
-    @property
-    def cache_key(self) -> Any:
-        """What the scores depend on."""
-        (reward_func,) = self.reward_funcs
-        return getattr(reward_func, "cache_key", reward_func)
-
 
 class _AsyncCachedReward(_CachedReward):
     """The same of an async function. Callers recognise it by its async `__call__`."""
@@ -83,9 +85,9 @@ def cache_rewards(reward_func: RewardFunc, cache_dir: str | Path, columns: Seque
     Keep the rewards of a function on disk, so that no text is scored twice: for judges that are slow or cost money, in
     [`score_dataset`] and in online trainers, from one run to the next.
 
-    They are found again as long as the function, the module that defines it, and the weights of its model are the
-    same. Where the function only sends a text elsewhere, give it an attribute `cache_key` that names what is there
-    (`judge.cache_key = "judge-2024-05"`), which then stands for the function.
+    They are found again as long as the function, the modules that define it and that it calls, and the weights that
+    its model has when it is wrapped are the same. Where the function only sends a text elsewhere, give it an attribute
+    `cache_key` that names what is there (`judge.cache_key = "judge-2024-05"`), which then stands for the function.
 
     Args:
         reward_func (`Callable`):
@@ -93,8 +95,8 @@ def cache_rewards(reward_func: RewardFunc, cache_dir: str | Path, columns: Seque
         cache_dir (`str` or `Path`):
             Folder, which several functions, processes and runs may share.
         columns (`list[str]`, *optional*):
-            Columns of the dataset that the rewards depend on, beside prompt and completion. If `None`, all of them:
-            then a row with another ID is another row.
+            Columns of the dataset that the rewards depend on, beside prompt and completion. If `None`, all of them but
+            rewards: then a row with another ID is another row.
 
     Returns:
         `Callable`: A reward function of the same name; async if `reward_func` is. What is not scored is not kept. The
@@ -102,7 +104,7 @@ def cache_rewards(reward_func: RewardFunc, cache_dir: str | Path, columns: Seque
 
     Raises:
         `TypeError`: If something other than a reward function is given.
-        `ValueError`: If the function cannot be told from another one.
+        `ValueError`: If the function cannot be told from another one, or if it reads a column of scores.
 
     Example:
 
@@ -111,6 +113,13 @@ def cache_rewards(reward_func: RewardFunc, cache_dir: str | Path, columns: Seque
     ```
     """
     (reward_func,), _ = check_reward_funcs([reward_func], None)
+    if isinstance(columns, str):
+        raise TypeError(f"`columns={columns!r}` is one name. Give a list of them: `columns=[{columns!r}]`.")
+    if read := [func.column for func in parts_of(reward_func) if isinstance(func, ColumnReward)]:
+        raise ValueError(
+            f"`ColumnReward({read[0]!r})` reads what is in the dataset already. Cache the functions that compute "
+            "something, and combine it with those."
+        )
     digest = hash_reward_funcs(reward_func)
     if digest is None:
         raise ValueError(

@@ -139,6 +139,13 @@ def check_reward_funcs(
     return funcs, [1.0] * len(funcs) if weights is None else [float(weight) for weight in weights]
 
 
+def parts_of(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> Iterator[RewardFunc]:
+    """The functions, and those that they are made of."""
+    for func in reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]:
+        yield func
+        yield from parts_of(getattr(func, "reward_funcs", []))
+
+
 def call(reward_func: RewardFunc, /, **kwargs: Any) -> Rewards:
     """Call a sync reward function and check what it returns."""
     with _naming(reward_func):

@@ -227,6 +227,8 @@ def standardize(
                 )
         mean, std = saved["mean"], saved["std"]
     elif dataset is not None:
+        if not isinstance(dataset, Dataset):
+            raise TypeError(f"`standardize` needs a `Dataset`, whose rewards it reads, and got {type(dataset)}.")
         rewards = [r for row in completion_rewards(score_dataset(dataset, reward_func)) for r in row if r is not None]
         if not rewards:
             raise ValueError("No completion of the dataset is scored, so that there is no mean.")

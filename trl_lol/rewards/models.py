@@ -313,4 +313,7 @@ class ClassifierReward:
 
 def as_text(content: str | Messages) -> str:
     """The text of a prompt or completion, of messages one per line."""
-    return content if isinstance(content, str) else "\n".join(message["content"] or "" for message in content)
+    if isinstance(content, str):
+        return content
+    contents = [message.get("content") or "" for message in content]
+    return "\n".join(c if isinstance(c, str) else "".join(part.get("text") or "" for part in c) for c in contents)
