@@ -405,3 +405,15 @@ def test_mean_rewards():
     rewards = torch.tensor([1.0, 4.0, 2.0, torch.nan, torch.nan])
     means, counts = mean_rewards(rewards, torch.tensor([0, 1, 0, 1, 2]), 3)
     assert means[:2].tolist() == [1.5, 4.0] and means[2].isnan() and counts.tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize("baseline", ["group_mean", "leave_one_out", "batch_mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tie_is_no_advantage_whatever_the_rounding(baseline, dtype):
+    """The sum of three times 0.7 divided by 3 is 0.7 and a bit; a 4th, unscored member changes nothing."""
+    for reward in (0.7, 0.1, -4.95, 1e6 + 0.3):
+        for size in (3, 6, 7):
+            rewards = torch.tensor([reward] * size + [float("nan")], dtype=dtype)
+            group_ids = torch.zeros(size + 1, dtype=torch.long)
+            assert (sequence_advantages(rewards, group_ids=group_ids, baseline=baseline) == 0).all()
+    assert sum([0.7] * 3) / 3 != 0.7  # Control: what a plain mean gives

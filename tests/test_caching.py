@@ -9,11 +9,12 @@ import textwrap
 import time
 from functools import partial
 
+import numpy as np
 import psutil
 import pytest
 from datasets import Dataset
 
-from trl_lol import cache_rewards, score_dataset, weighted_sum
+from trl_lol import ColumnReward, cache_rewards, score_dataset, weighted_sum
 from trl_lol.rewards import call_reward_funcs
 from trl_lol.rewards.hashing import hash_reward_funcs
 
@@ -82,6 +83,30 @@ def test_columns_are_part_of_the_text(tmp_path):
     assert score(by_tag, ["a"], tag=["5"], id=[3]) == [6.0] and len(CALLS) == 3
     with pytest.raises(RuntimeError, match="are kept by the columns tag, and tag is not there; the columns are "):
         score(by_tag, ["a"])
+
+
+def test_the_same_text_elsewhere(tmp_path):
+    """At another place in its row, beside rewards that are there already, and as an online trainer passes it."""
+    cached = cache_rewards(length, tmp_path)
+    rows = Dataset.from_list([{"prompt": "p", "completions": order} for order in (["a", "bb"], ["bb", "a"])])
+    scored = score_dataset(rows, cached)
+    assert scored["rewards"][:] == [[1.0, 2.0], [2.0, 1.0]] == score_dataset(scored, cached)["rewards"][:]
+    assert score(cached, ["bb"], completion_ids=[[1]]) == [2.0]
+    assert sum(map(len, CALLS)) == 2
+    with pytest.raises(ValueError, match=r"`ColumnReward\('score'\)` reads what is in the dataset"):
+        cache_rewards(weighted_sum([length, ColumnReward("score")]), tmp_path)
+
+
+def test_columns_that_are_no_json(tmp_path):
+    """Arrays of which only the middle differs, which printing leaves out."""
+
+    def middle(prompts, completions, array, **columns):
+        return [float(x[2500]) for x in array]
+
+    cached = cache_rewards(middle, tmp_path)
+    arrays = [np.zeros(5000), np.zeros(5000)]
+    arrays[1][2500] = 7
+    assert score(cached, ["a", "a"], array=arrays) == [0.0, 7.0]
 
 
 def test_other_functions_have_other_rewards(tmp_path):

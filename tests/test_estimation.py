@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import LORA
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PromptTuningConfig, get_peft_model
 
 from trl_lol import ALoLTrainer, estimate_advantages, score_dataset, toy
 
@@ -100,6 +100,32 @@ def test_reward_functions_take_precedence_and_all_is_cached(groups, tiny_model, 
     model.model.register_forward_pre_hook(lambda *args: pytest.fail("a prompt is read again"))
     again = estimate_advantages(groups, model, toy.oracle_reward, **kwargs)
     assert again["advantages"][:] == found["advantages"][:]
+
+
+def test_every_module_keeps_its_mode(groups, tiny_model, tokenizer):
+    model = tiny_model().train()
+    model.model.layers[0].eval()
+    estimate_advantages(groups, model, processing_class=tokenizer, **SETTINGS)
+    assert model.training and model.model.layers[1].training and not model.model.layers[0].mlp.training
+
+
+def test_what_cannot_be_estimated(groups, tiny_model, tokenizer):
+    model, kwargs = tiny_model(), {"processing_class": tokenizer}
+    with pytest.raises(TypeError, match="needs a `Dataset`"):
+        estimate_advantages(groups.to_iterable_dataset(), model, **kwargs)
+    unscored = groups.select([2])
+    with pytest.raises(ValueError, match="There are 0 prompts with a scored completion"):
+        estimate_advantages(unscored, model, **kwargs)
+    assert estimate_advantages(unscored, baseline="group_mean")["advantages"][:] == [[None, None]]
+    with pytest.raises(ValueError, match='`baseline="value"` needs a `model`'):
+        estimate_advantages(groups)
+    prompt_tuning = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="PROMPT_TUNING adapter, whose virtual tokens"):
+        estimate_advantages(groups, prompt_tuning, **kwargs)
+    with pytest.raises(TypeError, match="reward_weight"):
+        estimate_advantages(groups, baseline="none", reward_weight=[1.0])
+    with pytest.raises(ValueError, match="Row 0 has a int, 3, for a prompt"):
+        estimate_advantages(Dataset.from_list([{"prompt": 3, "completion": "a", "reward": 1.0}]), baseline="none")
 
 
 def test_an_adapter_is_part_of_the_policy(groups, tiny_model, tokenizer):

@@ -78,6 +78,36 @@ def test_evaluation_prompts_are_completed_where_there_are_any(build_trainer, tok
     assert not {*map(tuple, fitted[3][0])} & {*map(tuple, expected)}
 
 
+def test_evaluation_sets_of_several_forms(build_trainer, scored_pairs, fitted):
+    """One with a prompt and one with the prompt inside, and one of text."""
+    rows = scored_pairs.select_columns(["prompt", "chosen", "rejected"])
+    inside = rows.select([110]).map(lambda row: {n: row["prompt"] + row[n] for n in ("chosen", "rejected")})
+    sets = {
+        "with": rows.select([100]),
+        "inside": inside.remove_columns("prompt"),
+        "text": Dataset.from_list([{"prompt": "The kettle", "completion": " leaks."}]),
+    }
+    any_length = lambda prompts, completions, **columns: [float(len(str(c))) for c in completions]  # noqa: E731
+    kwargs = {"train_dataset": scored_pairs.take(20), "reward_funcs": any_length, **ROLLOUTS}
+    build_trainer(ALoLTrainer, eval_dataset=sets, **kwargs)
+    ((prompts, means, counts),) = fitted
+    assert len(prompts) == 3 and counts.tolist() == [1, 1, 1] and (means > 0).all()
+
+
+def test_logged_completions_may_be_equally_good(build_trainer, scored_pairs, fitted):
+    """Nothing tells good answers from each other, and the policy's own are worse: all are kept."""
+    rows = Dataset.from_list([{"prompt": r["prompt"], "completion": r["chosen"]} for r in scored_pairs.take(20)])
+
+    def gold(prompts, completions, **columns):
+        return [float(len(c[0]["content"].split()) > 6) for c in completions]
+
+    rows = rows.filter(lambda row: gold(None, [row["completion"]])[0])
+    trainer = build_trainer(ALoLTrainer, train_dataset=rows, reward_funcs=gold, **ROLLOUTS)
+    assert len(trainer.train_dataset) == len(rows) > 5 and fitted[0][1].max() == 0
+    with pytest.raises(ValueError, match="rewards are 1: no completion is better"):
+        build_trainer(ALoLTrainer, train_dataset=rows, reward_funcs=gold)
+
+
 def test_a_stream_is_completed_at_its_head(build_trainer, scored_pairs, fitted):
     stream = scored_pairs.to_iterable_dataset()
     build_trainer(
