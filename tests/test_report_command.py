@@ -169,6 +169,8 @@ def test_command_says_what_is_wrong_with_the_data(tmp_path):
     (tmp_path / "rows.txt").write_text("a")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n')
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a",')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "numbers.csv").write_text("prompt,completion,reward\n1,2,3\n")
     DatasetDict(test=Dataset.from_list(LOG)).save_to_disk(tmp_path / "splits")
     for name, message in (
         ("rows.txt", r"accepted files end in \.jsonl, \.json, \.csv, \.parquet, or one of these and \.gz"),
@@ -176,12 +178,32 @@ def test_command_says_what_is_wrong_with_the_data(tmp_path):
         ("splits", "no split 'train'. Its splits: test"),
         ("nothing", "nothing"),
         ("broken.jsonl", "JSON parse error"),
+        ("empty.jsonl", "it has no rows"),
         ("rows.jsonl", "Row 0 has no reward"),
+        ("numbers.csv", "Row 0 has a int, 1, for a prompt or completion"),
     ):
         with pytest.raises(SystemExit, match=message) as error:
             main([str(tmp_path / name), *NONE, "--output-dir", str(tmp_path / "out")])
         data = str(tmp_path / name)
-        assert str(error.value).startswith(f"{data} cannot be used: " if name != "rows.jsonl" else "No advantages: ")
+        assert str(error.value).startswith(
+            "No advantages: " if message.startswith("Row") else f"{data} cannot be used: "
+        )
+
+
+def test_what_stands_in_a_file_is_kept(tmp_path, no_plots):
+    """An answer "None" and one "NA" of a CSV file, a date, parts of a message and a call of a tool."""
+    path, out = tmp_path / "rows.csv", tmp_path / "out"
+    path.write_text("prompt,completion,reward\nq,None,1\nq,NA,0.5\nq,c,\n")
+    main([str(path), *NONE, "--output-dir", str(out)])
+    rows = [json.loads(line) for line in (out / "scored.jsonl").read_text().splitlines()]
+    assert [row["completion"] for row in rows] == ["None", "NA", "c"] and rows[2]["advantage"] is None
+    parts = [{"role": "user", "content": [{"type": "text", "text": "two "}, {"type": "text", "text": "parts"}]}]
+    call = [{"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": parts, "completion": call, "reward": 1, "day": "2024-01-02"}) + "\n")
+    main([str(path), *NONE, "--output-dir", str(out)])
+    assert "2024-01-02" in (out / "scored.jsonl").read_text()
+    assert AdvantageReport.load(out / "report.json").best[0]["prompt"] == "user: two parts"
 
 
 def test_command_explains_every_option(capsys):

@@ -38,41 +38,56 @@ def make_parser() -> argparse.ArgumentParser:
         description="Estimate the advantage of each completion of a dataset over what a policy would get, and report "
         "what is worth training on.",
     )
-    options = {
-        "data": "a .jsonl, .json, .csv or .parquet file (also .gz), a folder of such files or of `save_to_disk`, or "
-        "the id of a dataset on the Hub",
-        "--split": "split of a folder or of a dataset on the Hub (default: %(default)s)",
-        "--prompt-column": "column with the prompts, if it is not called `prompt`",
-        "--completion-column": "column with the completions, one or a list of them per row, if it is not called "
-        "`completion` or `completions`",
-        "--reward-column": "column with the rewards, a number per row or a list with one per completion, empty for "
-        "what is not scored; without it, the rows' own rewards are taken, as the trainers take them: `reward`, "
-        "`rewards`, `chosen_reward` and `rejected_reward`, ...",
-        "--subset-column": "column that says which part of the data a row belongs to (default: %(default)s)",
-        "--model": "the policy whose value of a prompt is subtracted: id or folder of a causal language model",
-        "--baseline": "what is subtracted from a reward: `value`, what the policy is likely to get for the prompt, as "
-        "a head on its hidden states foresees it; `group_mean` or `leave_one_out`, the mean reward of all completions "
-        "of the prompt, or of the others; `batch_mean`, that of the whole data; or `none` (default: %(default)s)",
-        "--batch-size": "number of prompts that the policy reads at a time (default: %(default)s)",
-        "--max-prompts": "number of prompts that the value head is fitted on at most (default: %(default)s)",
-        "--max-rows": "number of rows to take at most, chosen at random (default: all)",
-        "--seed": "seed of the fit, and of the choice of rows (default: %(default)s)",
-        "--output-dir": "folder for report.json, the plots, and scored.jsonl, the rows with their advantages "
-        "(default: %(default)s)",
-    }
-    settings = {
-        "data": {"metavar": "DATA"},
-        "--split": {"default": "train"},
-        "--subset-column": {"default": "subset"},
-        "--baseline": {"choices": BASELINES, "default": "value"},
-        "--batch-size": {"type": int, "default": 8},
-        "--max-prompts": {"type": int, "default": 1024},
-        "--max-rows": {"type": int},
-        "--seed": {"type": int, "default": 0},
-        "--output-dir": {"type": Path, "default": Path("advantage_report")},
-    }
-    for name, text in options.items():
-        parser.add_argument(name, help=text, **settings.get(name, {}))
+    add = parser.add_argument
+    add(
+        "data",
+        metavar="DATA",
+        help="a .jsonl, .json, .csv or .parquet file (also .gz), a folder of such files or of `save_to_disk`, or the id "
+        "of a dataset on the Hub",
+    )
+    add("--split", default="train", help="split of a folder or of a dataset on the Hub (default: %(default)s)")
+    add("--prompt-column", help="column with the prompts, if it is not called `prompt`")
+    add(
+        "--completion-column",
+        help="column with the completions, one or a list of them per row, if it is not called `completion` or "
+        "`completions`",
+    )
+    add(
+        "--reward-column",
+        help="column with the rewards, a number per row or a list with one per completion, empty for what is not "
+        "scored; without it, the rows' own rewards are taken, as the trainers take them: `reward`, `rewards`, "
+        "`chosen_reward` and `rejected_reward`, ...",
+    )
+    add(
+        "--subset-column",
+        default="subset",
+        help="column that says which part of the data a row belongs to (default: %(default)s)",
+    )
+    add("--model", help="the policy whose value of a prompt is subtracted: id or folder of a causal language model")
+    add(
+        "--baseline",
+        choices=BASELINES,
+        default="value",
+        help="what is subtracted from a reward: `value`, what the policy is likely to get for the prompt, as a head on "
+        "its hidden states foresees it; `group_mean` or `leave_one_out`, the mean reward of all completions of the "
+        "prompt, or of the others; `batch_mean`, that of the whole data; or `none` (default: %(default)s)",
+    )
+    add("--batch-size", type=int, default=8, help="prompts that the policy reads at a time (default: %(default)s)")
+    add(
+        "--max-prompts",
+        type=int,
+        default=1024,
+        help="number of prompts that the value head is fitted on at most (default: %(default)s)",
+    )
+    add("--max-rows", type=int, help="number of rows to take at most, chosen at random (default: all)")
+    add("--seed", type=int, default=0, help="seed of the fit, and of the choice of rows (default: %(default)s)")
+    add(
+        "--output-dir",
+        type=Path,
+        default=Path("advantage_report"),
+        help="folder for report.json, the plots, and scored.jsonl, the rows with their advantages (default: "
+        "%(default)s)",
+    )
     return parser
 
 
@@ -118,6 +133,8 @@ def explained(what: str) -> Iterator[None]:
     """Say what is wrong with what was asked for, without the traceback that would hide it."""
     try:
         yield
+    except StopIteration:  # what `load_dataset` raises for an empty file
+        sys.exit(f"{what}: it has no rows.")
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         # `datasets` and reward functions say that something went wrong, and what it was is the cause
         cause = error.__cause__ if isinstance(error, DatasetsError | RuntimeError) else None
