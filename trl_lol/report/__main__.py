@@ -42,8 +42,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "data",
         metavar="DATA",
-        help="a .jsonl, .json, .csv or .parquet file (also .gz), a folder of such files or of `save_to_disk`, or the id "
-        "of a dataset on the Hub",
+        help="a .jsonl, .json, .csv or .parquet file (also .gz), a folder of such files or of `save_to_disk`, or the "
+        "id of a dataset on the Hub",
     )
     add("--split", default="train", help="split of a folder or of a dataset on the Hub (default: %(default)s)")
     add("--prompt-column", help="column with the prompts, if it is not called `prompt`")
@@ -68,8 +68,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--baseline",
         choices=BASELINES,
         default="value",
-        help="what is subtracted from a reward: `value`, what the policy is likely to get for the prompt, as a head on "
-        "its hidden states foresees it; `group_mean` or `leave_one_out`, the mean reward of all completions of the "
+        help="what is subtracted from a reward: `value`, what the policy is likely to get for the prompt, as a head "
+        "on its hidden states foresees it; `group_mean` or `leave_one_out`, the mean reward of all completions of the "
         "prompt, or of the others; `batch_mean`, that of the whole data; or `none` (default: %(default)s)",
     )
     add("--batch-size", type=int, default=8, help="prompts that the policy reads at a time (default: %(default)s)")
