@@ -53,7 +53,8 @@ class ALoLConfig(_OfflineRewardConfig):
             with the `reward_funcs`, as in the paper; of the evaluation prompts where there are any, else of the
             training prompts. `"auto"` picks `"dataset"`.
         value_num_generations (`int`, *optional*, defaults to `1`):
-            Number of completions per prompt that `"rollouts"` samples.
+            Number of completions per prompt that `"rollouts"` samples. With few prompts several are worth their price:
+            one reward per prompt is mostly chance.
         value_max_completion_length (`int`, *optional*, defaults to `256`):
             Maximum length of these, in tokens.
         value_learning_rate (`float`, *optional*):
