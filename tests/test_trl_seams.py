@@ -200,6 +200,7 @@ def test_constructor():
         "_precompute_ref_logps": "(self, dataset, name, batch_size)",
         "_compute_loss": "(self, model, inputs, return_outputs)",
         "_get_train_sampler": "(self, train_dataset=None)",
+        "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
     }.items(),
 )
 def test_overridden_methods(name, expected):
@@ -220,6 +221,7 @@ def test_no_other_method_is_overridden():
         "_precompute_ref_logps",
         "_compute_loss",
         "_get_train_sampler",
+        "_load_from_checkpoint",
     }
 
 

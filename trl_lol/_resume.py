@@ -21,7 +21,7 @@ def same_dtypes(model: nn.Module) -> Iterator[None]:
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     yield
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtypes[name])
+        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))  # an adapter may be new
 
 
 class HasEpoch(Protocol):
