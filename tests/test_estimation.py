@@ -1,5 +1,6 @@
 """Advantages without a trainer: the same that A-LoL trains on, for every row format."""
 
+import copy
 import math
 
 import pytest
@@ -122,6 +123,11 @@ def test_what_cannot_be_estimated(groups, tiny_model, tokenizer):
     prompt_tuning = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="PROMPT_TUNING adapter, whose virtual tokens"):
         estimate_advantages(groups, prompt_tuning, **kwargs)
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    text = Dataset.from_list([{"prompt": "a", "completion": "b", "reward": 1.0}])
+    with pytest.raises(ValueError, match="The tokenizer has no EOS token"):
+        estimate_advantages(text, model, processing_class=endless)
     with pytest.raises(TypeError, match="reward_weight"):
         estimate_advantages(groups, baseline="none", reward_weight=[1.0])
     with pytest.raises(ValueError, match="Row 0 has a int, 3, for a prompt"):

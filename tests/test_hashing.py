@@ -64,13 +64,15 @@ def test_the_adapter_in_use_is_part_of_a_model(tiny_model):
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(tiny_model(), config, "a")
     model.add_adapter("b", config)
-    keys = []
+    keys, below = [], []
     for name in "ab":
         model.set_adapter(name)
         keys.append(str(model_key(model)))
+        below.append(str(model_key(model.get_base_model())))
     with model.disable_adapter():
         keys.append(str(model_key(model)))
-    assert len(set(keys)) == 3
+        below.append(str(model_key(model.get_base_model())))
+    assert len(set(keys)) == len(set(below)) == 3
     model.set_adapter("a")
     assert str(model_key(model)) == keys[0]
 

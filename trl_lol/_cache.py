@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset
 from datasets.fingerprint import Hasher
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -53,9 +54,9 @@ def model_key(model: PreTrainedModel) -> tuple:
         `tuple`: The hash of the weights, the settings and the adapters in use, equal across processes.
     """
     configs = [model.config, *(model.peft_config.values() if is_peft_model(model) else ())]
-    # Which of the adapters are in use is in neither
-    status = model.get_model_status() if is_peft_model(model) else None
-    adapters = None if status is None else (status.enabled, status.active_adapters)
+    # Which of the adapters are in use is in neither; a base model, too, may have their layers
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    adapters = sorted({(*layer.active_adapters, layer.disable_adapters) for layer in layers}, key=str)
     names = {"_name_or_path", "base_model_name_or_path"}  # where the weights came from does not matter
     settings = [
         # a set of strings has another order in every process

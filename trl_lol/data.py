@@ -209,7 +209,7 @@ def tokenize_prompt(
 
 
 def tokenize_row(
-    row: Mapping[str, Any], index: int, processing_class: PreTrainedTokenizerBase, eos_token: str
+    row: Mapping[str, Any], index: int, processing_class: PreTrainedTokenizerBase, eos_token: str | None
 ) -> dict[str, Any]:
     """
     Read and tokenise one row, exactly as [`~trl.DPOTrainer`] tokenises a preference.
@@ -246,6 +246,11 @@ def tokenize_row(
         if not group.prompt:
             raise ValueError(f"Row {index} has a prompt without messages. Give it at least one message to answer.")
         kwargs = template_kwargs(row)
+    elif eos_token is None:
+        raise ValueError(
+            "The tokenizer has no EOS token, which ends a completion that is a text. Set `eos_token`, to one that the "
+            "model was trained with."
+        )
     else:
         completions = [c if c.endswith(eos_token) else c + eos_token for c in completions]
     prompt_ids = tokenize_prompt(group.prompt, row, processing_class)
