@@ -46,7 +46,9 @@ def score_dataset(
     """
     Score every completion of a dataset and write the rewards into it.
 
-    In a distributed run every rank scores its share of the rows, and all ranks get all rewards.
+    In a distributed run every rank scores its share of the rows, and all ranks get all rewards. At the end a line is
+    printed for each function: mean and standard deviation of its rewards, how many completions it has not scored, and
+    the time that it took.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -66,8 +68,8 @@ def score_dataset(
             [`~datasets.IterableDataset`], number of rows.
         cache_dir (`str` or `Path`, *optional*):
             Folder to keep the rewards in. They are found again as long as the rows, the functions, the modules that
-            define the functions, and the weights are the same; and if scoring is interrupted, the batches that were
-            done. If `None`, nothing is kept.
+            define them and that they call, and their models are the same, whatever `reward_weights`; and if scoring is
+            interrupted, the batches that were done. If `None`, nothing is kept.
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The same rows with the column `reward`, `rewards` (one
