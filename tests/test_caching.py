@@ -126,6 +126,12 @@ def test_a_key_stands_for_a_function_that_cannot_be_told_from_others(tmp_path):
     client = (i for i in range(100))
     with pytest.raises(ValueError, match=r"'judge' holds something that cannot be hashed.*`cache_key`"):
         cache_rewards(judge, tmp_path)
+
+    def other(prompts, completions, **columns):
+        return [-1.0] * len(completions)
+
+    other.cache_key = "v1"
+    assert score(cache_rewards(other, tmp_path), ["a"]) == [-1.0]
     for key, calls in (("v1", 1), ("v1", 1), ("v2", 2)):
         judge.cache_key = key
         assert score(cache_rewards(judge, tmp_path), ["a"]) == [1.0] and len(CALLS) == calls

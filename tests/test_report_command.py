@@ -190,11 +190,12 @@ def test_command_says_what_is_wrong_with_the_data(tmp_path):
         )
 
 
-def test_what_stands_in_a_file_is_kept(tmp_path, no_plots):
-    """An answer "None" and one "NA" of a CSV file, a date, parts of a message and a call of a tool."""
+def test_what_stands_in_a_file_is_kept(tmp_path, no_plots, capsys):
+    """Answers "None" and "NA" of a CSV file, but no empty cell; a date, parts of a message and a call of a tool."""
     path, out = tmp_path / "rows.csv", tmp_path / "out"
-    path.write_text("prompt,completion,reward\nq,None,1\nq,NA,0.5\nq,c,\n")
+    path.write_text("prompt,completion,reward\nq,None,1\nq,NA,0.5\nq,c,\n,d,1\nq,,1\n")
     main([str(path), *NONE, "--output-dir", str(out)])
+    assert "Dropped 2 of 5 rows, which have no prompt or no completion." in capsys.readouterr().out
     rows = [json.loads(line) for line in (out / "scored.jsonl").read_text().splitlines()]
     assert [row["completion"] for row in rows] == ["None", "NA", "c"] and rows[2]["advantage"] is None
     parts = [{"role": "user", "content": [{"type": "text", "text": "two "}, {"type": "text", "text": "parts"}]}]

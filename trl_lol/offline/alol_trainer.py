@@ -313,6 +313,12 @@ class ALoLTrainer(_OfflineRewardTrainer):
                 "No completion has a positive advantage, so there is nothing to train on.\n"
                 f"{report}\nCheck that a higher reward means a better completion and that prompts have completions of "
                 "different rewards, or use another `baseline`."
+                + (
+                    " The values are of the reference policy's own completions, of up to `value_max_completion_length="
+                    f"{args.value_max_completion_length}` tokens: a reward that grows with the length favours them."
+                    if args.uses_rollouts
+                    else ""
+                )
             )
         if self.is_world_process_zero():
             report.save(Path(args.output_dir) / "advantage_report.json")

@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with explained(f"{args.data} cannot be used"):
         dataset = load_rows(args)
         check_columns(dataset.column_names)
+        dataset = drop_empty(dataset)
     if args.reward_column is not None:
         with explained(f"No rewards from the column {args.reward_column!r}"):
             dataset = score_dataset(dataset, ColumnReward(args.reward_column))
@@ -169,6 +170,18 @@ def load_rows(args: argparse.Namespace) -> Dataset:
     if args.max_rows is not None and args.max_rows < len(dataset):
         dataset = dataset.select(sorted(random.Random(args.seed).sample(range(len(dataset)), args.max_rows)))
     return rename(dataset, args)
+
+
+def drop_empty(dataset: Dataset) -> Dataset:
+    """The rows that have a prompt and a completion: logs have others."""
+    names = [name for name in ("prompt", "completion", "completions") if name in dataset.column_names]
+    columns = dataset.select_columns(names)
+    kept = [i for i, row in enumerate(columns) if None not in row.values()] if names else range(len(dataset))
+    if len(kept) < len(dataset):
+        print(f"Dropped {len(dataset) - len(kept)} of {len(dataset)} rows, which have no prompt or no completion.")
+    if not kept:
+        raise ValueError(f"no row has {' and '.join(names)}.")
+    return dataset.select(kept)
 
 
 def rename(dataset: Dataset, args: argparse.Namespace) -> Dataset:

@@ -87,7 +87,8 @@ def cache_rewards(reward_func: RewardFunc, cache_dir: str | Path, columns: Seque
 
     They are found again as long as the function, the modules that define it and that it calls, and the weights that
     its model has when it is wrapped are the same. Where the function only sends a text elsewhere, give it an attribute
-    `cache_key` that names what is there (`judge.cache_key = "judge-2024-05"`), which then stands for the function.
+    `cache_key` that names what is there (`judge.cache_key = "judge-2024-05"`), which then stands for what the function
+    of that name does.
 
     Args:
         reward_func (`Callable`):

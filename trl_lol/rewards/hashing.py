@@ -69,7 +69,8 @@ def _keys(reward_func: Any) -> Any:
     if isinstance(reward_func, partial):
         return _keys(reward_func.func), reward_func.args, reward_func.keywords
     if (key := getattr(reward_func, "cache_key", None)) is not None:
-        return key
+        # Two judges are two also where someone has called them both "v1"
+        return (reward_func.__qualname__, key) if isinstance(reward_func, FunctionType) else key
     if (parts := getattr(reward_func, "reward_funcs", None)) is not None:
         return _keys(parts), getattr(reward_func, "combine", None)
     return reward_func

@@ -43,7 +43,8 @@ class RewardModel:
 
     Args:
         model (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The model, its id, or a folder with it; the id or folder of a LoRA adapter will do.
+            The model, its id, or a folder with it; the id or folder of a LoRA adapter will do. (For an adapter
+            transformers reports that the base has no `score.weight`: the adapter brings it.)
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Its tokenizer. If `None`, it is loaded from where the model is; that of an adapter without one from where
             its base model is.
