@@ -218,6 +218,6 @@ def test_command_explains_every_option(capsys):
 def test_command_without_matplotlib(log, tmp_path, monkeypatch):
     """What it has counted is not lost."""
     monkeypatch.setattr(AdvantageReport, "plot", lambda *_: (_ for _ in ()).throw(ImportError("Install it.")))
-    with pytest.raises(SystemExit, match=r"has report\.json and scored\.jsonl\. Install it"):
+    with pytest.raises(SystemExit, match=r"There are no pictures\. Install it"):
         main([str(log), *COLUMNS, *NONE, "--output-dir", str(tmp_path / "out")])
     assert (tmp_path / "out" / "scored.jsonl").exists()

@@ -214,21 +214,24 @@ def load_policy(args: argparse.Namespace) -> PreTrainedModel | None:
 
 
 def write(report: AdvantageReport, dataset: Dataset, folder: Path) -> None:
-    """Print the report, and write it beside the rows."""
+    """Write the report beside the rows, and print it."""
+    report.save(folder / "report.json")
+    with written_beside(folder / "scored.jsonl") as beside, open(beside, "w") as file:
+        for row in dataset.with_format(None):
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    names, missing = ["report.json", "scored.jsonl"], None
+    try:
+        names += [path.name for path in report.plot(folder)]
+    except ImportError as error:
+        missing = f"There are no pictures. {error}"
     console = Console()
     if console.is_terminal:  # in colour, and as wide as that is
         console.print(report)
     else:
         print(report)
-    report.save(folder / "report.json")
-    with written_beside(folder / "scored.jsonl") as beside, open(beside, "w") as file:
-        for row in dataset.with_format(None):
-            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-    try:
-        names = ["report.json", "scored.jsonl", *(path.name for path in report.plot(folder))]
-    except ImportError as error:
-        sys.exit(f"{folder} has report.json and scored.jsonl. {error}")
     print(f"\n{folder} has {', '.join(names)}.")
+    if missing:
+        sys.exit(missing)
 
 
 if __name__ == "__main__":
