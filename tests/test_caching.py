@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -15,6 +16,7 @@ import pytest
 from datasets import Dataset
 
 from trl_lol import ColumnReward, cache_rewards, score_dataset, weighted_sum
+from trl_lol._cache import JsonLines
 from trl_lol.rewards import call_reward_funcs
 from trl_lol.rewards.hashing import hash_reward_funcs
 
@@ -254,3 +256,25 @@ def test_scoring_that_is_killed_scores_every_row_once(tmp_path, num_processes):
     scored = [int(row) for row in log.read_text().split()]
     assert {*scored} == {*range(60)}
     assert len(scored) - 60 <= 2 * num_processes
+
+
+# ---- Lines ----
+
+
+def test_a_folder_that_another_run_removes(tmp_path, monkeypatch):
+    """Once between making it and writing to it; a file in its place is an error, at once."""
+    lines, mkdir = JsonLines(tmp_path / "lines"), Path.mkdir
+    removed = []
+
+    def made_and_removed(self, **kwargs):
+        mkdir(self, **kwargs)
+        if not removed:
+            removed.append(self.rmdir())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", made_and_removed)
+        lines.write({"a": 1})
+    assert removed and list(lines.read()) == [{"a": 1}]
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(FileExistsError):
+        JsonLines(tmp_path / "taken").write(1)

@@ -162,12 +162,15 @@ class JsonLines:
     def write(self, value: Any) -> None:
         """Add a value."""
         path = self.folder / f"{PartialState().process_index}.jsonl"
-        while True:
-            with suppress(FileNotFoundError, FileExistsError):  # another run is done, and removes the folder
+        for last in (False, False, True):
+            try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with open(path, "a") as file:
                     file.write("\n" + json.dumps(value) + "\n")  # a line of its own also behind half a line
                 return
+            except (FileNotFoundError, FileExistsError):  # another run is done, and removes the folder at this moment
+                if last:
+                    raise
 
     def remove(self) -> None:
         """Forget everything."""
