@@ -319,7 +319,7 @@ def plot() -> None:
             by_level = {p: [r[metric] for r in runs if r["method"] == method and r["noise"] == p] for p in LEVELS}
             means = [(p + 0.004 * i, statistics.mean(v), spread(v)) for p, v in by_level.items() if v]
             if means:
-                axis.errorbar(*zip(*means, strict=True), label=method, capsize=2)
+                axis.errorbar(*zip(*means, strict=True), label=method, color=f"C{i}", capsize=2)
         references = [r[metric] for seed, r in result["references"].items() if int(seed) != TUNING_SEED]
         axis.axhline(statistics.mean(references), color="gray", ls=":", lw=0.8, label="reference")
         axis.set(title=result["world"], xlabel="part of good answers replaced", ylabel=metric, xticks=LEVELS)
