@@ -58,6 +58,20 @@ def tokenizer(dialogues: Dataset) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
+def conversations(dialogues: Dataset) -> tuple[list, list]:
+    """14 prompts of one and of three turns, with an answer each."""
+    rows = dialogues.take(14)
+    return rows["prompt"][:], [completions[0] for completions in rows["completions"]]
+
+
+@pytest.fixture(scope="session")
+def texts(conversations: tuple[list, list]) -> tuple[list[str], list[str]]:
+    """The last turns of these."""
+    prompts, completions = conversations
+    return [p[-1]["content"] for p in prompts], [" " + c[0]["content"] for c in completions]
+
+
+@pytest.fixture(scope="session")
 def pairs(dialogues: Dataset) -> Dataset:
     """120 conversational preferences without scores: `prompt`, `chosen`, `rejected`, `subset`."""
     return toy.preference_pairs(dialogues)

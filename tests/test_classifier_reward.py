@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
@@ -25,19 +24,6 @@ from trl_lol.rewards import ClassifierReward
 
 EXACT = {"rel": 0, "abs": 1e-5}
 LABELS = ("polite", "neutral", "rude")
-
-
-@pytest.fixture(scope="module")
-def conversations(dialogues: Dataset) -> tuple[list, list]:
-    """14 prompts of one and of three turns, with an answer each."""
-    rows = dialogues.take(14)
-    return rows["prompt"][:], [completions[0] for completions in rows["completions"]]
-
-
-@pytest.fixture(scope="module")
-def texts(conversations: tuple[list, list]) -> tuple[list[str], list[str]]:
-    prompts, completions = conversations
-    return [p[-1]["content"] for p in prompts], [" " + c[0]["content"] for c in completions]
 
 
 @pytest.fixture

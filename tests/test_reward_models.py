@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from conftest import cpu_args
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -55,19 +54,6 @@ def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForSequenceClassification:
 def own(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """A copy of the tokenizer, to be changed."""
     return copy.deepcopy(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def conversations(dialogues: Dataset) -> tuple[list, list]:
-    """14 prompts of one and of three turns, with an answer each."""
-    rows = dialogues.take(14)
-    return rows["prompt"][:], [completions[0] for completions in rows["completions"]]
-
-
-@pytest.fixture(scope="module")
-def texts(conversations: tuple[list, list]) -> tuple[list[str], list[str]]:
-    prompts, completions = conversations
-    return [p[-1]["content"] for p in prompts], [" " + c[0]["content"] for c in completions]
 
 
 @torch.no_grad()

@@ -79,12 +79,13 @@ def tokenizer_key(processing_class: PreTrainedTokenizerBase | ProcessorMixin) ->
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
-    pipeline = {
-        name: part for name, part in backend.items() if name not in ("truncation", "padding")
-    }  # of the last use
-    vocab = sorted(tokenizer.get_vocab().items())
-    return vocab, json.dumps(pipeline, sort_keys=True), special, processing_class.chat_template
+    if tokenizer.is_fast:
+        # All but what the last call was asked for
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())
+        content = {name: part for name, part in parts.items() if name not in ("truncation", "padding")}
+    else:
+        content = sorted(tokenizer.get_vocab().items())
+    return json.dumps(content, sort_keys=True), special, processing_class.chat_template
 
 
 def cached(

@@ -1,6 +1,7 @@
 """What tells one set of reward functions from another, to key caches with."""
 
 import inspect
+import os
 import sysconfig
 from collections import ChainMap
 from collections.abc import Iterator
@@ -20,8 +21,14 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-PACKAGE = str(Path(__file__).parent.parent)
+# Libraries change with their versions, which is another matter
+NOT_THE_USERS = tuple(
+    f"{folder}{os.sep}"
+    for folder in (
+        Path(__file__).parent.parent,
+        *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")),
+    )
+)
 
 
 class _Pickler(Pickler):
@@ -101,8 +108,7 @@ def _called_modules(reward_func: Any) -> Iterator[ModuleType | None]:
         for name in _names(function.__code__):
             module = inspect.getmodule(function.__globals__.get(name))
             path = str(getattr(module, "__file__", None) or "")
-            # Libraries change with their versions, which is another matter
-            if path and not path.startswith((*LIBRARIES, PACKAGE)):
+            if path and not path.startswith(NOT_THE_USERS):
                 yield module
 
 

@@ -1,7 +1,6 @@
 """Reward models and classifiers as reward functions."""
 
 import copy
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,7 +25,7 @@ from transformers.utils import find_adapter_config_file, logging
 
 from .._cache import model_key, tokenizer_key
 from .._trl import common_prefix_length, get_config_model_id, tokenize
-from ..data import Messages
+from ..data import Messages, template_kwargs, tokenize_prompt
 from .calling import Rewards
 
 
@@ -115,9 +114,9 @@ class RewardModel:
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> Rewards:
         self.model.eval()  # whoever shares it may have trained it since
-        nothing = [None] * len(prompts)
-        template_columns = [columns.get(name) or nothing for name in ("tools", "chat_template_kwargs")]
-        sequences = [self._tokenize(*row) for row in zip(prompts, completions, *template_columns, strict=True)]
+        template_columns = {n: columns[n] for n in ("tools", "chat_template_kwargs") if columns.get(n)}
+        rows = [{name: values[i] for name, values in template_columns.items()} for i in range(len(prompts))]
+        sequences = [self._tokenize(*row) for row in zip(prompts, completions, rows, strict=True)]
         scores: Rewards = [None] * len(sequences)
         order = sorted((i for i, ids in enumerate(sequences) if ids), key=lambda i: -len(sequences[i]))
         for start in range(0, len(order), self.batch_size):
@@ -126,24 +125,18 @@ class RewardModel:
                 scores[i] = score
         return scores
 
-    def _tokenize(
-        self, prompt: str | Messages, completion: str | Messages, tools: Any, chat_template_kwargs: dict | None
-    ) -> list[int]:
+    def _tokenize(self, prompt: str | Messages, completion: str | Messages, row: dict[str, Any]) -> list[int]:
         """Tokens of prompt and completion. Empty where the completion alone is too long."""
+        kwargs, whole = {}, prompt + completion
         if isinstance(prompt, str):
             eos = self.tokenizer.eos_token or ""
-            whole = prompt + completion if completion.endswith(eos) else prompt + completion + eos
-            kwargs = prompt_kwargs = {}
+            whole = whole if completion.endswith(eos) else whole + eos
         else:
-            whole = prompt + completion
-            tools = json.loads(tools) if isinstance(tools, str) else tools
-            kwargs = {"tools": tools, **(chat_template_kwargs or {})}
-            prompt_kwargs = {**kwargs, "add_generation_prompt": True}
+            kwargs = template_kwargs(row)
         ids = tokenize(self.tokenizer, whole, **kwargs)["input_ids"]
         if self.max_length is None or len(ids) <= self.max_length:
             return list(ids)
-        prompt_ids = tokenize(self.tokenizer, prompt, **prompt_kwargs)["input_ids"]
-        return _cut_prompt(ids, prompt_ids, self.tokenizer, self.max_length)
+        return _cut_prompt(ids, tokenize_prompt(prompt, row, self.tokenizer), self.tokenizer, self.max_length)
 
     @torch.inference_mode()
     def _score(self, sequences: Sequence[list[int]]) -> Tensor:
