@@ -1,11 +1,129 @@
 """What it takes for a resumed run to equal one that was not interrupted."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
+
+from . import __version__
+from ._cache import written_beside
+
+
+logger = get_logger(__name__)
+
+CHECKPOINT_FILE = "trl_lol.json"
+
+
+class WholeCheckpointsMixin(Trainer):
+    """
+    A trainer that reads whole checkpoints only.
+
+    The last file of a checkpoint, `trl_lol.json`, holds the version of this package and the sizes of all other files.
+    A run that is killed while it saves leaves a folder without it, which no later run takes for a checkpoint; the
+    checkpoints before it are deleted, if at all, only afterwards.
+    """
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        args, run_dir = self.args, self._get_output_dir(trial=trial)
+        folder = Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if args.should_save:
+            (folder / CHECKPOINT_FILE).unlink(missing_ok=True)  # of an earlier run in the same output directory
+        self.accelerator.wait_for_everyone()
+        # What makes the checkpoint public, or takes an older one away, waits until it is whole
+        later = {"push_to_hub": args.push_to_hub, "save_total_limit": args.save_total_limit}
+        args.push_to_hub, args.save_total_limit = False, None
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if args.should_save:
+                files = [path for path in folder.rglob("*") if path.is_file()]
+                sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
+                with written_beside(folder / CHECKPOINT_FILE) as beside:
+                    beside.write_text(json.dumps({"trl_lol": __version__, "files": sizes}, indent=2))
+        except Exception as error:
+            error.add_note(
+                f"{folder} could not be saved, and is no checkpoint. Those saved before are whole: make room or "
+                "choose another `output_dir`, then go on from the last one with `resume_from_checkpoint`."
+            )
+            raise
+        finally:
+            for name, value in later.items():
+                setattr(args, name, value)
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if args.should_save:
+            rotate_checkpoints(run_dir, args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint:
+            resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+
+def whole_checkpoint(resume_from_checkpoint: str | Path | bool, output_dir: str | Path) -> str:
+    """
+    The checkpoint to resume from, which rank 0 has found to be whole.
+
+    Args:
+        resume_from_checkpoint (`str`, `Path` or `bool`):
+            A checkpoint, or `True` for the last whole one of the output directory.
+        output_dir (`str` or `Path`):
+            The output directory.
+
+    Returns:
+        `str`: Path of the checkpoint.
+
+    Raises:
+        `ValueError`: If there is none, or the one that was asked for is not whole.
+    """
+    if resume_from_checkpoint is True:
+        candidates = sort_checkpoints(str(output_dir))[::-1] if Path(output_dir).is_dir() else []
+    else:
+        candidates = [str(resume_from_checkpoint)]
+    faults = []
+    for candidate in candidates:
+        if (fault := _fault(Path(candidate))) is None:
+            break
+        faults.append(f"{candidate} is no whole checkpoint: {fault}.")
+    choice: list[Any] = [candidate if len(faults) < len(candidates) else None, faults]
+    broadcast_object_list(choice)
+    chosen, faults = choice
+    if chosen is None:
+        raise ValueError(
+            " ".join(faults or [f"There is no checkpoint in {output_dir}."])
+            + " A run that is killed while it saves leaves such folders. Resume from another checkpoint, or start "
+            "anew without `resume_from_checkpoint`."
+        )
+    for fault in faults:
+        logger.warning(f"{fault} Going on from {chosen}.")
+    saved_by = json.loads(Path(chosen, CHECKPOINT_FILE).read_text())["trl_lol"]
+    if saved_by != __version__:
+        logger.warning(
+            f"{chosen} was saved by trl_lol {saved_by}, and this is {__version__}: the run goes on, though perhaps "
+            "not as it would have with that version."
+        )
+    return chosen
+
+
+def _fault(checkpoint: Path) -> str | None:
+    """What keeps a folder from being a whole checkpoint."""
+    if not checkpoint.is_dir():
+        return "there is no such folder"
+    if not (checkpoint / CHECKPOINT_FILE).exists():
+        return f"it has no {CHECKPOINT_FILE}, which is written last, so it is half-written or of another trainer"
+    for name, size in json.loads((checkpoint / CHECKPOINT_FILE).read_text())["files"].items():
+        path = checkpoint / name
+        found = path.stat().st_size if path.exists() else 0
+        if found < size:
+            return f"{name} has {found} bytes of {size}"
+    return None
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from .. import __version__
 from .._arguments import resolve_args
 from .._cache import cached, content_key, model_key
 from .._reference import copy_as_reference
-from .._resume import SetEpochCallback, same_dtypes
+from .._resume import SetEpochCallback, WholeCheckpointsMixin, same_dtypes
 from .._trl import (
     disable_gradient_checkpointing,
     global_then_local_main_first,
@@ -38,7 +38,7 @@ from .sampling import EpochSampler
 logger = get_logger(__name__)
 
 
-class _OfflineRewardTrainer(DPOTrainer):
+class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
     """
     Base of the trainers on logged, scored completions. A subclass names its config and paper and writes [`_loss`].
 
@@ -378,10 +378,10 @@ class _OfflineRewardTrainer(DPOTrainer):
         metrics["logratio/mean"] = (logps - ref_logps).sum(1)
         metrics["rewards/mean"] = inputs["rewards"]
         self._log_means(metrics, mode)
-        if mode == "train":
+        if mode == "train" and self.args.include_num_input_tokens_seen == "no":  # otherwise Trainer counts
             num_tokens = self.accelerator.reduce(inputs["attention_mask"].sum(), reduction="sum").item()
-            self._total_train_tokens += num_tokens // self._tp_size
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+            self.state.num_input_tokens_seen += num_tokens // self._tp_size  # checkpoints keep it
+        self._metrics[mode]["num_tokens"] = [self.state.num_input_tokens_seen]
 
         if return_outputs:  # for `compute_metrics`; the fused head builds no logits
             with torch.no_grad():

@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 from .._arguments import resolve_args
 from .._cache import write_tensors, written_beside
 from .._reference import copy_adapter_as_reference, copy_as_reference
-from .._resume import SetEpochCallback, same_dtypes
+from .._resume import SetEpochCallback, WholeCheckpointsMixin, same_dtypes
 from .._trl import (
     add_fused_lm_head,
     disable_gradient_checkpointing,
@@ -55,7 +55,7 @@ class _WithValues:
         return outputs
 
 
-class _ActorCriticTrainer(GRPOTrainer):
+class _ActorCriticTrainer(WholeCheckpointsMixin, GRPOTrainer):
     """
     Base of the trainers that generate while they train. A subclass names its config and paper and writes
     [`_policy_loss`].
