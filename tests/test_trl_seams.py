@@ -23,7 +23,8 @@ from datasets import Dataset
 from packaging.requirements import Requirement
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, extract_prompt, is_conversational
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -65,6 +66,8 @@ BORROWED = {
     "hash_module": "(module)",
     "is_async_callable": "(func)",
     "pad": "(tensors, padding_value=0, padding_side='right', pad_to_multiple_of=None)",
+    "prepare_deepspeed": "(model, accelerator)",
+    "prepare_fsdp": "(model, accelerator)",
     "start_event_loop_in_daemon": "(name=None)",
     "tokenize": "(processing_class, input, **apply_chat_template_kwargs)",
     "unwrap_model_for_generation": "(model, accelerator, gather_deepspeed3_params=True, generation_kwargs=None, "
@@ -469,6 +472,47 @@ def test_reward_functions_get_what_grpo_trainer_passes(tmp_path, tiny_model, tok
         assert isinstance(kwargs["trainer_state"], TrainerState), message
 
 
+# ---- Trainer: what is overridden, and what is called around checkpoints ----
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (Trainer._save_checkpoint, "(self, model, trial)"),
+        (Trainer._push_from_checkpoint, "(self, checkpoint_folder)"),
+        (Trainer._get_output_dir, "(self, trial)"),
+        (
+            rotate_checkpoints,
+            "(output_dir, save_total_limit=None, best_model_checkpoint=None, use_mtime=False, "
+            "checkpoint_prefix='checkpoint')",
+        ),
+        (
+            sort_checkpoints,
+            "(output_dir, checkpoint_prefix='checkpoint', use_mtime=False, best_model_checkpoint=None)",
+        ),
+        (
+            Trainer._run_epoch,
+            "(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
+            "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, "
+            "steps_trained_in_current_epoch)",
+        ),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_checkpoints_of_trainer(function, expected):
+    found = signature(function)
+    assert found == expected, f"`WholeCheckpointsMixin` relies on transformers' `{function.__name__}`: {found}"
+
+
+def test_a_checkpoint_is_pushed_and_others_deleted_where_the_mixin_waits_for():
+    source = inspect.getsource(Trainer._save_checkpoint)
+    message = "`WholeCheckpointsMixin` does at the end what `Trainer._save_checkpoint` does with `{}`"
+    assert "if self.args.push_to_hub:\n            self._push_from_checkpoint(output_dir)" in source, message.format(
+        "push_to_hub"
+    )
+    assert "save_total_limit=self.args.save_total_limit" in source, message.format("save_total_limit")
+
+
 # ---- GRPOTrainer: what is overridden, and what is called ----
 
 GRPO_INIT = (
@@ -481,6 +525,7 @@ GRPO_OVERRIDDEN = {
     "_calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",
     "_compute_loss": "(self, model, inputs)",
     "_generate_and_score_completions": "(self, inputs)",
+    "_tokenize_prompts": "(self, prompts)",
     "_generate_single_turn": "(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False)",
     "_get_train_sampler": "(self, dataset=None)",
     "_get_per_token_logps_and_entropies": "(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, "
@@ -489,6 +534,7 @@ GRPO_OVERRIDDEN = {
     "mm_token_type_ids=None, image_position_ids=None)",
     "_load_best_model": "(self)",
     "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
+    "_load_optimizer_and_scheduler": "(self, checkpoint)",
     "_save": "(self, output_dir=None, state_dict=None)",
     "_save_rng_state": "(self, output_dir)",
     "create_optimizer": "(self, model=None)",

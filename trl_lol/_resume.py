@@ -66,6 +66,11 @@ class WholeCheckpointsMixin(Trainer):
             resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Resumed from its last checkpoint, within an epoch, a run would take a step more than it was asked for
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
 
 def whole_checkpoint(resume_from_checkpoint: str | Path | bool, output_dir: str | Path) -> str:
     """
