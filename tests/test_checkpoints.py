@@ -98,7 +98,8 @@ def test_older_checkpoints_stay_until_a_new_one_is_whole(build_trainer, groups, 
     with pytest.raises(OSError, match="No space left") as error:
         trainer.train()
     assert "checkpoint-3 could not be saved, and is no checkpoint" in error.value.__notes__[0]
-    assert trainer.args.save_total_limit == 1
+    args = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
+    assert args.save_total_limit == trainer.args.save_total_limit == 1
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
 
     monkeypatch.setattr(torch, "save", save)

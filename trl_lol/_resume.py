@@ -30,6 +30,12 @@ class WholeCheckpointsMixin(Trainer):
     checkpoints before it are deleted, if at all, only afterwards.
     """
 
+    _later: dict[str, Any] = {}  # noqa: RUF012
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with _changed(self.args, self._later):  # they are written as they are
+            super()._save(output_dir, state_dict)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         args, run_dir = self.args, self._get_output_dir(trial=trial)
         folder = Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -37,10 +43,10 @@ class WholeCheckpointsMixin(Trainer):
             (folder / CHECKPOINT_FILE).unlink(missing_ok=True)  # of an earlier run in the same output directory
         self.accelerator.wait_for_everyone()
         # What makes the checkpoint public, or takes an older one away, waits until it is whole
-        later = {"push_to_hub": args.push_to_hub, "save_total_limit": args.save_total_limit}
-        args.push_to_hub, args.save_total_limit = False, None
+        self._later = {"push_to_hub": args.push_to_hub, "save_total_limit": args.save_total_limit}
         try:
-            super()._save_checkpoint(model, trial)
+            with _changed(args, {"push_to_hub": False, "save_total_limit": None}):
+                super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if args.should_save:
                 files = [path for path in folder.rglob("*") if path.is_file()]
@@ -54,8 +60,7 @@ class WholeCheckpointsMixin(Trainer):
             )
             raise
         finally:
-            for name, value in later.items():
-                setattr(args, name, value)
+            self._later = {}
         if args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if args.should_save:
@@ -70,6 +75,16 @@ class WholeCheckpointsMixin(Trainer):
         # Resumed from its last checkpoint, within an epoch, a run would take a step more than it was asked for
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
+
+
+@contextmanager
+def _changed(args: TrainingArguments, fields: dict[str, Any]) -> Iterator[None]:
+    before = {name: getattr(args, name) for name in fields}
+    vars(args).update(fields)
+    try:
+        yield
+    finally:
+        vars(args).update(before)
 
 
 def whole_checkpoint(resume_from_checkpoint: str | Path | bool, output_dir: str | Path) -> str:
