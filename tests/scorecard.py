@@ -374,7 +374,8 @@ def table(rows: dict[str, Row]) -> str:
     for what, row in rows.items():
         limit, _ = LIMITS[what]
         cells = [cell(row.cells.get(name, []), limit) for name in METHODS]
-        lines.append([what, f"{limit:.0e}" if limit else "0", *cells, f"{min(row.controls):.0e}"])
+        control = "–" if math.isinf(min(row.controls)) else f"{min(row.controls):.0e}"
+        lines.append([what, f"{limit:.0e}" if limit else "0", *cells, control])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
