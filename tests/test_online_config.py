@@ -271,7 +271,7 @@ def test_datasets_that_will_not_do(build: Callable[..., Any], prompts: Dataset):
         build(PPOConfig, constant, eval_dataset={"test": Dataset.from_dict({"text": ["a"]})})
     with pytest.raises(ValueError, match="`images`"):
         build(PPOConfig, constant, prompts.add_column("images", [None] * len(prompts)))
-    with pytest.raises(ValueError, match=r"first `prompt` of the train dataset is \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"Row 0 of the train dataset has the `prompt` \[1, 2\]"):
         build(PPOConfig, constant, Dataset.from_dict({"prompt": [[1, 2]] * 4}))
     with pytest.raises(ValueError, match="`train_dataset` is required"):
         build(PPOConfig, constant, None)

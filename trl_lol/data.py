@@ -6,20 +6,20 @@ and one reward for each. A dataset row with a single completion is a group of on
 """
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.data.data_collator import DataCollatorMixin
 from transformers.utils import logging
 from trl import extract_prompt, is_conversational
 
-from ._trl import common_prefix_length, pad, tokenize
+from ._trl import common_prefix_length, get_dataset_column_names, pad, tokenize
 
 
 logger = logging.get_logger(__name__)
@@ -32,6 +32,9 @@ ROW_FORMATS = """\
   - chosen, rejected (preference with an implicit prompt)
 With `reward_funcs`, or after `score_dataset`, no reward column is needed."""
 
+# Losses and norms of gradients hold squares of rewards, and single precision ends at 3e38. A larger reward would make the
+# norm infinite, by which gradients are clipped to nothing
+LARGEST_REWARD = 1e15
 PREFERENCE_REWARDS = (("chosen_reward", "rejected_reward"), ("score_chosen", "score_rejected"))
 
 Messages = list[dict[str, Any]]
@@ -59,8 +62,8 @@ class Group:
     def __post_init__(self) -> None:
         if not isinstance(self.rewards, list | None):
             raise ValueError(
-                f"A row has {len(self.completions)} completions and the `rewards` {self.rewards!r}. Give a list with "
-                "one reward per completion, null for a completion that was not scored."
+                f"A row has {len(self.completions)} completions and the `rewards` {shortened(self.rewards)}. Give a "
+                "list with one reward per completion, null for a completion that was not scored."
             )
         if self.rewards is not None and len(self.rewards) != len(self.completions):
             raise ValueError(
@@ -72,6 +75,14 @@ class Group:
     def is_conversational(self) -> bool:
         """Whether prompt and completions are message lists rather than text."""
         return any(is_conversational({"prompt": text}) for text in (self.prompt, *self.completions) if text)
+
+
+def column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    """Names of the columns, of a stream those of its first row."""
+    try:
+        return get_dataset_column_names(dataset)
+    except StopIteration:
+        raise ValueError("The dataset is a stream without rows. Pass at least one.") from None
 
 
 def check_columns(columns: list[str]) -> None:
@@ -118,15 +129,78 @@ def as_group(row: Mapping[str, Any]) -> Group:
         `ValueError`: If the row fits none of the accepted formats.
     """
     if row.get("chosen") is not None and row.get("rejected") is not None:
-        example = row if "prompt" in row else {**row, **extract_prompt(row)}
+        example = row if "prompt" in row else _with_prompt(row["chosen"], row["rejected"])
         rewards = next(([row[c], row[r]] for c, r in PREFERENCE_REWARDS if c in row and r in row), [1.0, 0.0])
         return Group(example["prompt"], [example["chosen"], example["rejected"]], rewards)
     if row.get("completions") is not None and "prompt" in row:
+        if not isinstance(row["completions"], list | tuple):
+            raise ValueError(
+                f"A row has the `completions` {shortened(row['completions'])}. Give a list of texts or of message "
+                "lists, or name the column `completion` if it holds a single one."
+            )
         return Group(row["prompt"], list(row["completions"]), row.get("rewards"))
     if "completion" in row and "prompt" in row:
         rewards = next(([row[name]] for name in ("reward", "label") if name in row), None)
         return Group(row["prompt"], [row["completion"]], rewards)
-    raise ValueError(f"A row has {', '.join(row)}. Accepted row formats:\n{ROW_FORMATS}")
+    found = ", ".join(name if value is not None else f"{name} (null)" for name, value in row.items())
+    raise ValueError(f"A row has {found}. Accepted row formats:\n{ROW_FORMATS}")
+
+
+def _with_prompt(chosen: str | Messages, rejected: str | Messages) -> dict[str, str | Messages]:
+    """What two completions begin with, and what is left of them."""
+    for text in (chosen, rejected):
+        if not isinstance(text, str | list) or not text:
+            raise ValueError(
+                f"A row has no `prompt`, which is then what `chosen` and `rejected` both begin with, and one of these "
+                f"is {shortened(text)}. Give texts or messages that hold the prompt, too, or add it as a column."
+            )
+    if chosen[0] != rejected[0]:  # TRL would look for the space before the prompt at the other end
+        return {"prompt": chosen[:0], "chosen": chosen, "rejected": rejected}
+    return extract_prompt({"chosen": chosen, "rejected": rejected})
+
+
+def is_reward(value: Any) -> bool:
+    """Whether something is a number that can be trained on."""
+    try:
+        return not isinstance(value, str | bytes) and abs(float(value)) <= LARGEST_REWARD
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def read_row(row: Mapping[str, Any], index: int) -> Group:
+    """Read a row as [`check_row`] does, whatever its rewards are."""
+    try:
+        group = as_group(row)
+    except ValueError as error:
+        raise ValueError(f"Row {index}: {error}") from None
+    texts = (group.prompt, *group.completions)
+    if any(text is None for text in texts):
+        raise ValueError(f"Row {index} has a null prompt or completion. Give it a text or messages, or drop the row.")
+    if odd := [text for text in texts if not isinstance(text, str | list)]:
+        raise ValueError(
+            f"Row {index} has a {type(odd[0]).__name__}, {shortened(odd[0])}, for a prompt or completion. Give it a "
+            "text or messages."
+        )
+    if len({isinstance(text, str) for text in texts}) > 1:
+        raise ValueError(
+            f"Row {index} mixes text and messages in its prompt and completions. Use one kind; if `chosen` and "
+            "`rejected` hold the whole conversation, drop the `prompt` column, and the prompt is taken from them."
+        )
+    if group.prompt == []:
+        raise ValueError(f"Row {index} has a prompt without messages. Give it at least one message to answer.")
+    if odd := [m for text in texts if isinstance(text, list) for m in text if not is_message(m)]:
+        raise ValueError(
+            f"Row {index} has the message {shortened(odd[0])}. A message has a `role` and a `content`, or what the "
+            "chat template takes in its place, such as `tool_calls`."
+        )
+    return group
+
+
+def is_message(message: Any) -> bool:
+    """Whether something is a message of a conversation that says something, be it an empty text."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        return False
+    return any(value is not None for name, value in message.items() if name != "role")
 
 
 def check_row(row: Mapping[str, Any], index: int) -> Group:
@@ -146,39 +220,24 @@ def check_row(row: Mapping[str, Any], index: int) -> Group:
         `ValueError`: If something is missing or of the wrong kind, or if there is no reward, or one that is not a
             finite number.
     """
-    try:
-        group = as_group(row)
-    except ValueError as error:
-        raise ValueError(f"Row {index}: {error}") from None
-    if group.prompt is None or None in group.completions:
-        raise ValueError(f"Row {index} has a null prompt or completion. Give it a text or messages, or drop the row.")
-    if odd := [text for text in (group.prompt, *group.completions) if not isinstance(text, str | list)]:
-        raise ValueError(
-            f"Row {index} has a {type(odd[0]).__name__}, {odd[0]!r}, for a prompt or completion. Give it a text or "
-            "messages."
-        )
-    if len({isinstance(text, str) for text in (group.prompt, *group.completions)}) > 1:
-        raise ValueError(
-            f"Row {index} mixes text and messages in its prompt and completions. Use one kind; if `chosen` and "
-            "`rejected` hold the whole conversation, drop the `prompt` column, and the prompt is taken from them."
-        )
+    group = read_row(row, index)
     if group.rewards is None:
         raise ValueError(
             f"Row {index} has no reward: its columns are {', '.join(row)}. Pass `reward_funcs` to the trainer, or add "
             f"rewards with `score_dataset`. Accepted row formats:\n{ROW_FORMATS}"
         )
     for reward in group.rewards:
-        if reward is not None and not (isinstance(reward, int | float) and math.isfinite(reward)):
+        if reward is not None and not is_reward(reward):
             raise ValueError(
-                f"Row {index} has the reward {reward!r}. Rewards must be finite numbers; use null for a completion "
-                "that was not scored."
+                f"Row {index} has the reward {shortened(reward)}. Rewards must be finite numbers; use null for a "
+                f"completion that was not scored. Beyond {LARGEST_REWARD:g} losses overflow: scale or clip what is."
             )
     return group
 
 
 def prompt_key(prompt: str | Messages, row: Mapping[str, Any]) -> str:
     """What tells a prompt, with its row's `tools` and `chat_template_kwargs`, from another one."""
-    return json.dumps([prompt, template_kwargs(row)], sort_keys=True, default=str)
+    return json.dumps([prompt, row.get("tools"), row.get("chat_template_kwargs")], sort_keys=True, default=str)
 
 
 def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,21 +299,23 @@ def tokenize_row(
         (c, float(r)) for c, r in zip(group.completions, group.rewards, strict=True) if r is not None and c != []
     ]
 
-    kwargs = {}
     completions = [completion for completion, _ in scored]
-    if group.is_conversational:
-        if not group.prompt:
-            raise ValueError(f"Row {index} has a prompt without messages. Give it at least one message to answer.")
-        kwargs = template_kwargs(row)
-    elif eos_token is None:
-        raise ValueError(
-            "The tokenizer has no EOS token, which ends a completion that is a text. Set `eos_token`, to one that the "
-            "model was trained with."
-        )
-    else:
+    if not group.is_conversational:
+        if eos_token is None:
+            raise ValueError(
+                "The tokenizer has no EOS token, which ends a completion that is a text. Set `eos_token`, to one that "
+                "the model was trained with."
+            )
         completions = [c if c.endswith(eos_token) else c + eos_token for c in completions]
-    prompt_ids = tokenize_prompt(group.prompt, row, processing_class)
-    sequences = [tokenize(processing_class, group.prompt + c, **kwargs)["input_ids"] for c in completions]
+    try:
+        kwargs = template_kwargs(row) if group.is_conversational else {}
+        prompt_ids = tokenize_prompt(group.prompt, row, processing_class)
+        sequences = [tokenize(processing_class, group.prompt + c, **kwargs)["input_ids"] for c in completions]
+    except Exception as error:  # whatever tokenizers and chat templates raise
+        raise ValueError(
+            f"Row {index} cannot be tokenised, {type(error).__name__}: {error}. Texts must be valid Unicode, and "
+            "messages, `tools` (a list, or JSON of it) and `chat_template_kwargs` what the chat template takes."
+        ) from error
 
     # The completion starts where the tokens of prompt and prompt+completion part (see `common_prefix_length`)
     prompt_len = min((common_prefix_length(prompt_ids, ids) for ids in sequences), default=len(prompt_ids))
@@ -272,6 +333,17 @@ def tokenize_row(
         "rewards": [reward for _, reward in kept],
         "num_dropped": len(group.completions) - len(kept),
     }
+
+
+# What [`tokenize_row`] returns. Found out from the first thousand rows, it would be wrong where these are all empty
+TOKENIZED = Features(
+    {
+        "prompt_ids": List(Value("int64")),
+        "completion_ids": List(List(Value("int64"))),
+        "rewards": List(Value("float64")),
+        "num_dropped": Value("int64"),
+    }
+)
 
 
 def flatten_groups(batch: Mapping[str, list[Any]], keep_positive: bool = False) -> dict[str, list[Any]]:
@@ -331,8 +403,10 @@ def group_by_prompt(dataset: Dataset) -> Dataset:
 
 def _join_rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    check = check_row if batch.keys() & {"reward", "label"} else read_row
     members: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
+        check(row, i)  # while its number is still that in the dataset
         members.setdefault(prompt_key(row["prompt"], row), []).append(i)
     grouped = {name: [column[rows[0]] for rows in members.values()] for name, column in batch.items()}
     for name, source in (("completions", "completion"), ("rewards", "label"), ("rewards", "reward")):

@@ -1,18 +1,16 @@
 """What the online trainers say about data and reward functions that will not do, before models are loaded."""
 
+from itertools import islice
+from reprlib import repr as shortened
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoConfig
-from trl import is_conversational
 
-from .._trl import get_dataset_column_names
+from ..data import column_names, is_message, is_reward
+from ..rewards.calling import PASSED_BY_TRL
 from .base_config import _ActorCriticConfig
-
-
-# Arguments of reward functions that are no columns
-PASSED_BY_TRL = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 
 
 def check_reward_funcs(reward_funcs: Any, args: _ActorCriticConfig) -> None:
@@ -28,8 +26,10 @@ def check_reward_funcs(reward_funcs: Any, args: _ActorCriticConfig) -> None:
 
     Raises:
         `TypeError`: If it is neither.
-        `ValueError`: If it is a language model.
+        `ValueError`: If it is a language model, or if a weight is no finite number.
     """
+    if odd := [weight for weight in args.reward_weights or [] if not is_reward(weight)]:
+        raise ValueError(f"`reward_weights` holds {shortened(odd[0])}. Give one finite number for each function.")
     for func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
         if not isinstance(func, str) and not callable(func):
             raise TypeError(
@@ -72,13 +72,11 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, args: _ActorCriticConf
         **(eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}),
     }.items():
         if isinstance(dataset, Dataset | IterableDataset):  # GRPOTrainer's constructor says what it accepts
-            check_columns(name, get_dataset_column_names(dataset))
-            prompt = next((row["prompt"] for row in dataset), "")
-            if not isinstance(prompt, str) and not is_conversational({"prompt": prompt}):
-                raise ValueError(
-                    f"The first `prompt` of the {name} dataset is {str(prompt)[:80]}. Pass text or a list of "
-                    "messages: the trainer tokenises it."
-                )
+            check_columns(name, column_names(dataset))
+            is_stream = isinstance(dataset, IterableDataset)  # whose other prompts are checked when they are read
+            prompts = islice(dataset, 1) if is_stream else dataset.with_format(None).select_columns("prompt")
+            for index, row in enumerate(prompts):
+                check_prompt(row["prompt"], f"Row {index} of the {name} dataset")
     num_prompts = args.generation_batch_size // args.num_generations
     if isinstance(train_dataset, Dataset) and len(train_dataset) < num_prompts:
         raise ValueError(
@@ -87,6 +85,17 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, args: _ActorCriticConf
             f"{args.num_generations}` of each. TRL drops what does not fill a batch, so nothing would be trained on. "
             "Lower `per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`, or pass "
             "more prompts."
+        )
+
+
+def check_prompt(prompt: Any, where: str) -> None:
+    """Check that a prompt is one, before TRL's tokenising would stumble over it. `where` begins the error."""
+    if isinstance(prompt, list) and prompt and all(map(is_message, prompt)):
+        return
+    if not isinstance(prompt, str):
+        raise ValueError(
+            f"{where} has the `prompt` {shortened(prompt)}. Pass text, or a list of messages with `role` and "
+            "`content`: the trainer tokenises it."
         )
 
 

@@ -7,11 +7,11 @@ scored".
 
 import asyncio
 import inspect
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cache
+from itertools import islice
+from reprlib import repr as shortened
 from time import perf_counter
 from typing import Any
 
@@ -19,10 +19,14 @@ from torch import nn
 from transformers import TrainerState
 
 from .._trl import get_callable_name, is_async_callable, start_event_loop_in_daemon
+from ..data import LARGEST_REWARD, is_reward
 
 
 RewardFunc = Callable[..., Any]  # returns `Rewards`, or a coroutine of it
 Rewards = list[float | None]
+
+# Arguments of reward functions that are no columns
+PASSED_BY_TRL = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 
 
 def call_reward_funcs(
@@ -69,6 +73,7 @@ def call_reward_funcs(
 
 def call_each(
     reward_funcs: Sequence[RewardFunc],
+    /,
     prompts: list,
     completions: list,
     completion_ids: list[list[int]] | None = None,
@@ -134,9 +139,12 @@ def check_reward_funcs(
                 f"`reward_funcs` holds {what}, but a reward function is called as f(prompts, completions, **columns) "
                 "and returns one float, or None, per completion. For a reward model pass `RewardModel(...)`."
             )
-    if weights is not None and len(weights) != len(funcs):
+    weights = [1.0] * len(funcs) if weights is None else _as_list(weights, len(funcs))
+    if not isinstance(weights, list) or not all(map(is_reward, weights)):
+        raise ValueError(f"The reward weights are {shortened(weights)}. Give a list of finite numbers, one each.")
+    if len(weights) != len(funcs):
         raise ValueError(f"Got {len(weights)} reward weights for {len(funcs)} reward functions. Give one weight each.")
-    return funcs, [1.0] * len(funcs) if weights is None else [float(weight) for weight in weights]
+    return funcs, [float(weight) for weight in weights]
 
 
 def parts_of(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> Iterator[RewardFunc]:
@@ -148,55 +156,70 @@ def parts_of(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> Iterator[Reward
 
 def call(reward_func: RewardFunc, /, **kwargs: Any) -> Rewards:
     """Call a sync reward function and check what it returns."""
-    with _naming(reward_func):
-        rewards = reward_func(**kwargs)
-    return _check_rewards(reward_func, rewards, len(kwargs["completions"]))
+    count = len(kwargs["completions"])
+    try:
+        rewards = _as_list(reward_func(**_own_lists(kwargs)), count)
+    except Exception as error:
+        raise RuntimeError(_what_it_raised(reward_func, error)) from error
+    return _check_rewards(reward_func, rewards, count)
 
 
 async def call_async(reward_func: RewardFunc, /, **kwargs: Any) -> Rewards:
     """Call a reward function, sync or async, and check what it returns."""
-    with _naming(reward_func):
-        rewards = reward_func(**kwargs)
-        if inspect.isawaitable(rewards):
-            rewards = await rewards
-    return _check_rewards(reward_func, rewards, len(kwargs["completions"]))
-
-
-@contextmanager
-def _naming(reward_func: RewardFunc) -> Iterator[None]:
-    """Let an error from inside a reward function say which one it was."""
+    count = len(kwargs["completions"])
     try:
-        yield
-    except Exception as error:
-        name = get_callable_name(reward_func)
-        raise RuntimeError(f"The reward function '{name}' raised {type(error).__name__}: {error}") from error
+        rewards = reward_func(**_own_lists(kwargs))
+        rewards = _as_list(await rewards if inspect.isawaitable(rewards) else rewards, count)
+    # The last three would end the event loop, and whoever waits for the rewards would wait for ever
+    except (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:
+        if isinstance(error, asyncio.CancelledError) and asyncio.current_task().cancelling():
+            raise  # someone does not want to wait any more
+        raise RuntimeError(_what_it_raised(reward_func, error)) from error
+    return _check_rewards(reward_func, rewards, count)
+
+
+def _own_lists(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments whose lists a function may change: others are given the same ones."""
+    return {name: list(value) if isinstance(value, list) else value for name, value in kwargs.items()}
+
+
+def _what_it_raised(reward_func: RewardFunc, error: BaseException) -> str:
+    return f"The reward function '{get_callable_name(reward_func)}' raised {type(error).__name__}: {error}"
+
+
+def _as_list(values: Any, count: int) -> Any:
+    """What a function returned as a list, if it is a collection with an order. Of an iterator, one value too many."""
+    if hasattr(values, "tolist"):  # tensors and arrays
+        return values.tolist()
+    if isinstance(values, Iterator):
+        return list(islice(values, count + 1))
+    is_ordered = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping | Set)
+    return list(values) if is_ordered else values
 
 
 def _check_rewards(reward_func: RewardFunc, rewards: Any, count: int) -> Rewards:
     """What a reward function returned for `count` completions, as a list of finite floats and `None`."""
     name = get_callable_name(reward_func)
-    if not isinstance(rewards, Iterable):
+    if not isinstance(rewards, list):
+        if inspect.iscoroutine(rewards):
+            rewards.close()  # or Python says that nobody has waited for it
         raise ValueError(
             f"The reward function '{name}' returned {type(rewards).__name__}. Return a list with one float, or None "
-            "for 'not scored', per completion."
+            "for 'not scored', per completion. A function that returns a coroutine must be `async def` itself."
         )
-    rewards = rewards.tolist() if hasattr(rewards, "tolist") else list(rewards)  # tensors and arrays
     if len(rewards) != count:
         raise ValueError(
             f"The reward function '{name}' returned {len(rewards)} rewards for {count} completions. Return exactly "
             "one per completion, None for a completion that is not scored."
         )
-    try:
-        rewards = [None if reward is None else float(reward) for reward in rewards]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"The reward function '{name}' must return numbers and None. {error}.") from error
     for index, reward in enumerate(rewards):
-        if reward is not None and not math.isfinite(reward):
+        if reward is not None and not is_reward(reward):
             raise ValueError(
-                f"The reward function '{name}' returned {reward} at index {index} of its batch. Return finite "
-                "numbers, and None for a completion that is not scored."
+                f"The reward function '{name}' returned {shortened(reward)} at index {index} of its batch. Return "
+                "finite numbers, and None for a completion that is not scored. Beyond "
+                f"{LARGEST_REWARD:g} losses overflow: scale or clip what is."
             )
-    return rewards
+    return [None if reward is None else float(reward) for reward in rewards]
 
 
 def weighted_nansum(rewards_per_func: Sequence[Rewards], weights: Sequence[float]) -> Rewards:

@@ -26,6 +26,7 @@ from transformers.utils import find_adapter_config_file, logging
 from .._cache import model_key, tokenizer_key
 from .._trl import common_prefix_length, get_config_model_id, tokenize
 from ..data import Messages, template_kwargs, tokenize_prompt
+from ..engines import loading_whole
 from .calling import Rewards
 
 
@@ -160,9 +161,10 @@ class RewardModel:
 def _load(model: str, device: torch.device, kwargs: dict[str, Any]) -> PreTrainedModel:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     kwargs = {"dtype": dtype, "device_map": {"": device}, **kwargs}
-    if find_adapter_config_file(model) is not None:  # its base is a language model, whose config knows of no label
-        return AutoPeftModelForSequenceClassification.from_pretrained(model, **{"num_labels": 1, **kwargs})
-    return AutoModelForSequenceClassification.from_pretrained(model, **kwargs)
+    with loading_whole():
+        if find_adapter_config_file(model) is not None:  # its base is a language model, whose config knows of no label
+            return AutoPeftModelForSequenceClassification.from_pretrained(model, **{"num_labels": 1, **kwargs})
+        return AutoModelForSequenceClassification.from_pretrained(model, **kwargs)
 
 
 def _load_tokenizer(model_id: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,14 +16,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .._cache import JsonLines, cache_digest, cached, content_key, tokenizer_key
-from .._trl import get_callable_name, get_dataset_column_names
-from ..data import Group, as_group, check_columns, tokenize_row
-from .calling import RewardFunc, Rewards, call_each, check_reward_funcs, weighted_nansum
+from .._trl import get_callable_name
+from ..data import Group, check_columns, column_names, read_row, tokenize_row
+from .calling import PASSED_BY_TRL, RewardFunc, Rewards, call_each, check_reward_funcs, weighted_nansum
 from .hashing import hash_reward_funcs
 
 
 # What a reward function is given in another form, or must not see: the other completions of the row
 NOT_PASSED_ON = {"prompt", "completion", "completions", "chosen", "rejected", "completion_ids", "completion_index"}
+
+# Columns that hold no completions where rewards are called so
+OTHER_FORMATS = {"chosen_reward": ["completion", "completions"], "rewards": ["completion"], "reward": []}
 
 REWARD_FEATURES = {
     "reward": Value("float64"),
@@ -32,6 +36,7 @@ REWARD_FEATURES = {
 }
 
 Row = Mapping[str, Any]
+_Read = tuple[int, Row, Group]  # a row with its position in the dataset
 _Scores = tuple[list[list[tuple[float | None, ...]]], list[float]]  # of rows, their completions and the functions
 
 
@@ -78,11 +83,21 @@ def score_dataset(
     Raises:
         `ValueError`: If the dataset has none of the accepted row formats, or a function returns a wrong number of
             rewards, NaN or infinity.
-        `TypeError`: If something other than a reward function is given.
+        `TypeError`: If something other than a dataset or a reward function is given.
         `RuntimeError`: If a reward function raises.
     """
-    columns = get_dataset_column_names(dataset)
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(
+            f"`score_dataset` takes a `Dataset` or an `IterableDataset`, and got a {type(dataset).__name__}. Pass one "
+            "split of a `DatasetDict`; `Dataset.from_list` makes a dataset of a list of rows."
+        )
+    columns = column_names(dataset)
     check_columns(columns)
+    if taken := sorted((PASSED_BY_TRL - NOT_PASSED_ON) & set(columns)):
+        raise ValueError(
+            f"The dataset has a column `{taken[0]}`. Columns go to the reward functions by name, which get another "
+            f"`{taken[0]}`. Rename or remove it."
+        )
     funcs, weights = check_reward_funcs(reward_funcs, reward_weights)
     if isinstance(dataset, IterableDataset):
         names, outdated = _reward_columns(columns), _outdated_columns(columns)
@@ -93,7 +108,9 @@ def score_dataset(
         score = partial(
             _score_batch, reward_funcs=funcs, weights=weights, processing_class=processing_class, names=names
         )
-        return dataset.map(score, batched=True, batch_size=batch_size, remove_columns=outdated, features=features)
+        return dataset.map(
+            score, with_indices=True, batched=True, batch_size=batch_size, remove_columns=outdated, features=features
+        )
 
     rows = dataset.with_format(None)
     key = None
@@ -178,7 +195,7 @@ def _score_all(
     with PartialState().split_between_processes(left) as mine:
         scored, positions = [], iter(mine)
         with tqdm(total=len(known) + len(mine), initial=len(known), desc="Scoring", unit=" rows") as progress:
-            for batch in _batches(rows.select(mine), batch_size):
+            for batch in _batches(mine, rows.select(mine), batch_size):
                 scores, seconds = _score_rows(batch, reward_funcs, processing_class)
                 by_position = dict(zip(islice(positions, len(batch)), scores, strict=True))
                 scored.append({"scores": by_position, "seconds": seconds})
@@ -208,14 +225,13 @@ def _summary(reward_funcs: list[RewardFunc], rewards: Tensor, seconds: Tensor) -
         )
 
 
-def _batches(rows: Iterable[Row], batch_size: int) -> Iterator[list[tuple[Row, Group]]]:
+def _batches(indices: Iterable[int], rows: Iterable[Row], batch_size: int) -> Iterator[list[_Read]]:
     """Whole rows, with at least `batch_size` completions together."""
-    batch: list[tuple[Row, Group]] = []
+    batch: list[_Read] = []
     size = 0
-    for row in rows:
-        group = as_group(row)
-        batch.append((row, group))
-        size += len(group.completions)
+    for index, row in zip(indices, rows, strict=True):
+        batch.append(_read(index, row))
+        size += len(batch[-1][2].completions)
         if size >= batch_size:
             yield batch
             batch, size = [], 0
@@ -223,47 +239,59 @@ def _batches(rows: Iterable[Row], batch_size: int) -> Iterator[list[tuple[Row, G
         yield batch
 
 
+def _read(index: int, row: Row) -> _Read:
+    """A row of the format that its columns have, to be given rewards in place of those that it may have."""
+    ignored = {*_outdated_columns(list(row)), *OTHER_FORMATS[_reward_columns(list(row))[0]]}
+    return index, row, read_row({name: value for name, value in row.items() if name not in ignored}, index)
+
+
 def _score_rows(
-    batch: list[tuple[Row, Group]],
+    batch: list[_Read],
     reward_funcs: list[RewardFunc],
     processing_class: PreTrainedTokenizerBase | None,
 ) -> _Scores:
     """What each function says of each row's completions, from one call of each, and the seconds that it took."""
-    members = [(row, group, index) for row, group in batch for index in range(len(group.completions))]
+    members = [(*read, number) for read in batch for number in range(len(read[2].completions))]
     if not members:
         return [[] for _ in batch], [0.0] * len(reward_funcs)
-    columns = {name: [row[name] for row, _, _ in members] for name in members[0][0] if name not in NOT_PASSED_ON}
+    names = [name for name in batch[0][1] if name not in NOT_PASSED_ON]
     completion_ids = None
     if processing_class is not None:
         completion_ids = [_completion_ids(*member, processing_class) for member in members]
     called = call_each(
         reward_funcs,
-        prompts=[group.prompt for _, group, _ in members],
-        completions=[group.completions[index] for _, group, index in members],
+        prompts=[group.prompt for _, _, group, _ in members],
+        completions=[group.completions[number] for _, _, group, number in members],
         completion_ids=completion_ids,
-        completion_index=[index for _, _, index in members],
-        **columns,
+        completion_index=[number for *_, number in members],
+        **{name: [row[name] for _, row, _, _ in members] for name in names},
     )
     rewards = zip(*(rewards for rewards, _ in called), strict=True)
-    return [list(islice(rewards, len(group.completions))) for _, group in batch], [seconds for _, seconds in called]
+    scores = [list(islice(rewards, len(group.completions))) for _, _, group in batch]
+    return scores, [seconds for _, seconds in called]
 
 
-def _completion_ids(row: Row, group: Group, index: int, processing_class: PreTrainedTokenizerBase) -> list[int]:
+def _completion_ids(
+    index: int, row: Row, group: Group, number: int, processing_class: PreTrainedTokenizerBase
+) -> list[int]:
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
-    alone = {**row, "prompt": group.prompt, "completions": [group.completions[index]], "rewards": [0.0]}
+    kept = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
+    alone = {**kept, "prompt": group.prompt, "completions": [group.completions[number]], "rewards": [0.0]}
     completion_ids = tokenize_row(alone, index, processing_class, tokenizer.eos_token)["completion_ids"]
     return completion_ids[0] if completion_ids else []
 
 
 def _score_batch(
     batch: dict[str, list],
+    indices: list[int],
     reward_funcs: list[RewardFunc],
     weights: list[float],
     processing_class: PreTrainedTokenizerBase | None,
     names: list[str],
 ) -> dict[str, list]:
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    scores, _ = _score_rows([(row, as_group(row)) for row in rows], reward_funcs, processing_class)
+    read = [*map(_read, indices, deepcopy(rows))]  # the stream goes on with the rows, whatever is done to messages
+    scores, _ = _score_rows(read, reward_funcs, processing_class)
     return _as_columns(names, [weighted_nansum([*zip(*row, strict=True)], weights) for row in scores])
 
 
