@@ -4,21 +4,29 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ._trl import hash_module
+from .engines import is_sharded, whole_weights
+
+
+logger = get_logger(__name__)
 
 
 def content_key(dataset: Dataset, columns: list[str]) -> str:
@@ -51,7 +59,8 @@ def model_key(model: PreTrainedModel) -> tuple:
             The model.
 
     Returns:
-        `tuple`: The hash of the weights, the settings and the adapters in use, equal across processes.
+        `tuple`: The hash of the weights, the settings and the adapters in use, equal across processes. For a sharded
+        model, which all of them must call this on, that of process 0 counts.
     """
     configs = [model.config, *(model.peft_config.values() if is_peft_model(model) else ())]
     # Which of the adapters are in use is in neither; a base model, too, may have their layers
@@ -63,6 +72,9 @@ def model_key(model: PreTrainedModel) -> tuple:
         {k: str(sorted(v) if isinstance(v, set) else v) for k, v in config.to_dict().items() if k not in names}
         for config in configs
     ]
+    if is_sharded(model):  # the shards are no key: under ZeRO-3 those of all models are alike
+        weights = whole_weights(model)
+        return hash_module(SimpleNamespace(state_dict=lambda: weights)), settings, adapters
     return hash_module(model), settings, adapters
 
 
@@ -110,21 +122,24 @@ def cached(
 
     Returns:
         `dict[str, torch.Tensor]`: The tensors, on the CPU.
+
+    Raises:
+        `OSError`: If the cache cannot be written to. A folder that nothing can be written to is found before the
+            tensors are computed.
     """
     state = PartialState()
-    path = None
+    path = tensors = None
     if state.is_main_process and cache_dir is not None:
         path = Path(cache_dir) / f"{name}-{Hasher.hash(key)}.safetensors"
-    is_hit = [path is not None and path.exists()]
+        tensors = _read_tensors(path)
+        if tensors is None:
+            check_writable(path.parent)
+    is_hit = [tensors is not None]
     if state.num_processes > 1:
         broadcast_object_list(is_hit)
-    tensors = None
     if not is_hit[0]:
         tensors = compute()
-    if state.is_main_process:
-        if is_hit[0]:
-            tensors = load_file(path)
-        else:
+        if state.is_main_process:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             if path is not None:
                 write_tensors(tensors, path)
@@ -132,6 +147,46 @@ def cached(
     if state.num_processes > 1:
         broadcast_object_list(result)
     return result[0]
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a file, if there is one."""
+    try:
+        return load_file(path) if path.exists() else None
+    except SafetensorError as error:  # a full disk or a power failure, for those who have copied it here
+        logger.warning(f"{path} is damaged ({error}), and is computed again.")
+        return None
+
+
+def check_writable(folder: str | Path) -> None:
+    """
+    Make a folder, and see whether files can be written there: before hours of work whose results would be lost.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder.
+
+    Raises:
+        `OSError`: If they cannot.
+    """
+    with _explaining(Path(folder)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+
+
+@contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    """Let errors of writing say what could not be written, what is left and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        message = (
+            f"{path} cannot be written: {getattr(error, 'strerror', None) or error}. What was kept before is whole: "
+            "make room, or choose a folder that can be written to, and run the same again."
+        )
+        code = getattr(error, "errno", None)  # tensors are written outside of Python, and their errors have none
+        raise (OSError(message) if code is None else OSError(code, message)) from error
 
 
 def cache_digest(key: Any) -> str:
@@ -165,9 +220,10 @@ class JsonLines:
         path = self.folder / f"{PartialState().process_index}.jsonl"
         for last in (False, False, True):
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with open(path, "a") as file:
-                    file.write("\n" + json.dumps(value) + "\n")  # a line of its own also behind half a line
+                with _explaining(path):
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    with open(path, "a") as file:
+                        file.write("\n" + json.dumps(value) + "\n")  # a line of its own also behind half a line
                 return
             except (FileNotFoundError, FileExistsError):  # another run is done, and removes the folder at this moment
                 if last:
@@ -187,10 +243,13 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
     """A path to write to, which is renamed to `path` when all is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with _explaining(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield beside
+            with open(beside, "rb+") as file:
+                os.fsync(file.fileno())  # a machine that fails must not keep the name without the content
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)

@@ -39,17 +39,18 @@ class WholeCheckpointsMixin(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         args, run_dir = self.args, self._get_output_dir(trial=trial)
         folder = Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if args.should_save:
-            (folder / CHECKPOINT_FILE).unlink(missing_ok=True)  # of an earlier run in the same output directory
-        self.accelerator.wait_for_everyone()
         # What makes the checkpoint public, or takes an older one away, waits until it is whole
         self._later = {"push_to_hub": args.push_to_hub, "save_total_limit": args.save_total_limit}
         try:
+            if args.should_save:
+                (folder / CHECKPOINT_FILE).unlink(missing_ok=True)  # of an earlier run in the same output directory
+            self.accelerator.wait_for_everyone()
             with _changed(args, {"push_to_hub": False, "save_total_limit": None}):
                 super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if args.should_save:
-                files = [path for path in folder.rglob("*") if path.is_file()]
+                # A killed run may have left what is written beside its place
+                files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
                 sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
                 with written_beside(folder / CHECKPOINT_FILE) as beside:
                     beside.write_text(json.dumps({"trl_lol": __version__, "files": sizes}, indent=2))
