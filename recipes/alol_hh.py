@@ -33,6 +33,7 @@ from common import (
     parse,
     train_dpo,
     train_sft,
+    trained_policy,
 )
 from datasets import Dataset, DatasetDict
 
@@ -127,7 +128,8 @@ def main() -> None:
 
     # Without an independent judge of new answers: how the policies rank the logged ones
     reward_func, train_reward = (toy.heldout_reward, toy.oracle_reward) if is_toy else (None, None)
-    comparison = Comparison(setup, rows["test"], trainer.model, reward_func, not is_toy, train_reward)
+    policy = trained_policy(trainer)
+    comparison = Comparison(setup, rows["test"], policy, reward_func, not is_toy, train_reward)
     max_steps = trainer.state.max_steps
     if "sft" in recipe.compare:
         announce("For comparison: SFT on chosen completions")
@@ -139,10 +141,10 @@ def main() -> None:
             pairs = by_score(rows["train"]) if name == "dpo_by_score" else rows["train"]
             # A pair is two completions: as many completions per step as the other methods
             batch_size = max(args.per_device_train_batch_size // 2, 1)
-            policy = train_dpo(pairs, setup, name, max_steps=max_steps, per_device_train_batch_size=batch_size)
-            comparison.add(label, policy)
+            dpo_policy = train_dpo(pairs, setup, name, max_steps=max_steps, per_device_train_batch_size=batch_size)
+            comparison.add(label, dpo_policy)
     announce("A-LoL: answers")
-    comparison.add("A-LoL", trainer.model)
+    comparison.add("A-LoL", policy)
     if is_main:
         comparison.write()
         trainer.advantage_report.plot(output_dir / "advantages")

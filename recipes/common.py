@@ -1,6 +1,7 @@
 """What the recipes share: data, the methods to compare with, judging, and results on disk."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from copy import copy
@@ -12,7 +13,9 @@ from typing import Any
 import matplotlib
 import torch
 from accelerate import PartialState
+from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, load_dataset
+from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
@@ -40,6 +43,7 @@ from trl import (
 
 from trl_lol import RewardModel, toy
 from trl_lol.data import as_group, tokenize_row
+from trl_lol.engines import is_sharded, loading_whole
 from trl_lol.evaluation import evaluate_policy, reference_policy
 from trl_lol.generation import completion_logps
 from trl_lol.online.roll_in import find_reference_column
@@ -150,11 +154,18 @@ def parse(recipe_class: type, config_class: type, toy_config: Path) -> tuple[Any
     argv = sys.argv[1:]
     if not any(arg.split("=")[0] in ("--config", "--dataset_name") for arg in argv):
         argv = ["--config", str(toy_config), *argv]
+    if not torch.accelerator.is_available() and "ACCELERATE_USE_DEEPSPEED" not in os.environ:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # or several processes would each train alone
     recipe, args, model_args = TrlParser((recipe_class, config_class, ModelConfig)).parse_args_and_config(argv)
     if recipe.dataset_name is None and model_args.model_name_or_path is not None:
         raise ValueError("The embedded world has a model of its own. Give `--dataset_name`, or no model.")
     if str(args.resume_from_checkpoint).lower() == "true":  # from the last one in the output directory
         args.resume_from_checkpoint = True
+    if PartialState().num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(
+            f"{os.environ['WORLD_SIZE']} processes were started, and each would train alone. They found no GPU: add "
+            "`--use_cpu true --bf16 false`."
+        )
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     return recipe, args, model_args
 
@@ -297,7 +308,7 @@ class Setup:
                 lr_scheduler_type="cosine",
                 **overrides,
             )
-            model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+            model = model.merge_and_unload() if is_peft_model(model) else model
         self.model = f"{self.args.output_dir}/reference"
         if PartialState().is_main_process:
             model.save_pretrained(self.model)
@@ -305,11 +316,24 @@ class Setup:
         PartialState().wait_for_everyone()
 
 
+def trained_policy(trainer: Trainer) -> PreTrainedModel:
+    """What was trained, to be judged: whole on every process. Where it is sharded, it is saved and loaded again."""
+    if not is_sharded(trainer.model):
+        return trainer.accelerator.unwrap_model(trainer.model)
+    folder = f"{trainer.args.output_dir}/whole"
+    trainer.save_model(folder)
+    trainer.accelerator.wait_for_everyone()
+    auto_class = AutoPeftModelForCausalLM if is_peft_model(trainer.model) else AutoModelForCausalLM
+    with loading_whole():
+        policy = auto_class.from_pretrained(folder, dtype=trainer.model.dtype)
+    return policy.to(trainer.args.device)
+
+
 def train_sft(rows: Dataset, setup: Setup, name: str, **overrides: Any) -> PreTrainedModel:
     args = setup.config(SFTConfig, name, completion_only_loss=True, **overrides)
     trainer = SFTTrainer(setup.model, args=args, train_dataset=rows, **setup.trainer_kwargs())
     trainer.train()
-    return trainer.model
+    return trained_policy(trainer)
 
 
 def train_dpo(pairs: Dataset, setup: Setup, name: str, **overrides: Any) -> PreTrainedModel:
@@ -326,7 +350,7 @@ def train_dpo(pairs: Dataset, setup: Setup, name: str, **overrides: Any) -> PreT
     )
     trainer = DPOTrainer(setup.model, args=args, train_dataset=as_pairs(pairs), **setup.trainer_kwargs())
     trainer.train()
-    return trainer.model
+    return trained_policy(trainer)
 
 
 def train_rloo(prompts: Dataset, reward: RewardFunc, setup: Setup, **overrides: Any) -> PreTrainedModel:
@@ -344,7 +368,7 @@ def train_rloo(prompts: Dataset, reward: RewardFunc, setup: Setup, **overrides: 
     )
     trainer = RLOOTrainer(setup.model, reward, args=config, train_dataset=prompts, **setup.trainer_kwargs())
     trainer.train()
-    return trainer.model
+    return trained_policy(trainer)
 
 
 # ---- Judging ----
@@ -393,7 +417,8 @@ class Comparison:
         self.reference = None
         announce("The reference policy: answers")
         if get_peft_config(setup.model_args) is None:
-            reference = AutoModelForCausalLM.from_pretrained(setup.model, **setup.args.model_init_kwargs or {})
+            with loading_whole():
+                reference = AutoModelForCausalLM.from_pretrained(setup.model, **setup.args.model_init_kwargs or {})
             reference.to(setup.args.device)
             self._judge("reference", reference)
             self.reference = reference
@@ -618,8 +643,9 @@ def run_online(
     if is_main:
         trainer.create_model_card(model_name=output_dir.name)
 
+    policy = trained_policy(trainer)
     comparison = Comparison(
-        setup, rows["test"], trainer.model, judge, False, reward, recipe.num_answers, args.max_completion_length
+        setup, rows["test"], policy, judge, False, reward, recipe.num_answers, args.max_completion_length
     )
     num_batches = trainer.state.max_steps * args.gradient_accumulation_steps
     if "sft" in recipe.compare and references is not None:
@@ -628,7 +654,7 @@ def run_online(
         # As many completions as are generated: each of them is trained on `num_iterations` times
         num_completions = num_batches * args.per_device_train_batch_size // args.num_iterations
         batch_size = recipe.reference_sft_batch_size
-        policy = train_sft(
+        sft_policy = train_sft(
             references,
             setup,
             "sft",
@@ -636,21 +662,21 @@ def run_online(
             learning_rate=recipe.sft_learning_rate or args.learning_rate,
             per_device_train_batch_size=batch_size,
         )
-        comparison.add(sft, policy)
+        comparison.add(sft, sft_policy)
     if "rloo" in recipe.compare:
         announce("For comparison: TRL's RLOO")
         learning_rate = recipe.rloo_learning_rate or args.learning_rate
         max_steps = max(trainer.state.max_steps // args.num_iterations, 1)
-        policy = train_rloo(prompts, reward, setup, max_steps=max_steps, learning_rate=learning_rate)
-        comparison.add("RLOO", policy)
+        rloo_policy = train_rloo(prompts, reward, setup, max_steps=max_steps, learning_rate=learning_rate)
+        comparison.add("RLOO", rloo_policy)
     if "ppo" in recipe.compare:
         announce("For comparison: PPO, the same without resets")
         ppo_args.output_dir, ppo_args.reset_prob, ppo_args.save_strategy = f"{output_dir}/ppo", 0.0, "no"
         ppo = trainer_class(setup.model, reward, args=ppo_args, train_dataset=prompts, **setup.trainer_kwargs())
         ppo.train()
-        comparison.add("PPO", ppo.model)
+        comparison.add("PPO", trained_policy(ppo))
     announce(f"{method}: answers")
-    comparison.add(method, trainer.model)
+    comparison.add(method, policy)
     if is_main:
         comparison.write()
         plot_online(trainer, output_dir)

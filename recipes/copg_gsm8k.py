@@ -40,6 +40,7 @@ from common import (
     parse,
     train_dpo,
     train_sft,
+    trained_policy,
 )
 from datasets import Dataset, DatasetDict
 from matplotlib import pyplot as plt
@@ -48,6 +49,7 @@ from trl import get_quantization_config
 
 from trl_lol import CoPGConfig, CoPGTrainer, sample_completions, score_dataset, toy
 from trl_lol.data import as_group, group_by_prompt
+from trl_lol.engines import loading_whole
 
 
 TOY_CONFIG = Path(__file__).parent / "configs" / "copg_gsm8k_toy.yaml"
@@ -168,12 +170,13 @@ def sample(rows: Dataset, setup: Setup) -> Dataset:
     """The model's own completions of the training prompts."""
     recipe, args = setup.recipe, setup.args
     announce(f"{recipe.num_completions} completions of each of {len(rows)} prompts")
-    model = AutoModelForCausalLM.from_pretrained(
-        setup.model,
-        device_map={"": args.device},
-        quantization_config=get_quantization_config(setup.model_args),
-        **args.model_init_kwargs,
-    )
+    with loading_whole():
+        model = AutoModelForCausalLM.from_pretrained(
+            setup.model,
+            device_map={"": args.device},
+            quantization_config=get_quantization_config(setup.model_args),
+            **args.model_init_kwargs,
+        )
     return sample_completions(
         rows,
         model,
@@ -262,7 +265,8 @@ def main() -> None:
     if is_main:
         trainer.create_model_card(model_name=output_dir.name)
 
-    comparison = Comparison(setup, rows["test"], trainer.model, judge, is_ranking, train_reward)
+    policy = trained_policy(trainer)
+    comparison = Comparison(setup, rows["test"], policy, judge, is_ranking, train_reward)
     max_steps = trainer.state.max_steps
     pairs = best_against_worst(rows["train"])
     if not len(pairs) and recipe.compare:
@@ -272,17 +276,17 @@ def main() -> None:
         announce("For comparison: SFT on the best completion")
         learning_rate = recipe.sft_learning_rate or args.learning_rate
         best = as_completions(pairs, chosen_only=True)
-        policy = train_sft(best, setup, "sft", max_steps=max_steps, learning_rate=learning_rate)
-        comparison.add("SFT on the best", policy)
+        sft_policy = train_sft(best, setup, "sft", max_steps=max_steps, learning_rate=learning_rate)
+        comparison.add("SFT on the best", sft_policy)
     if "dpo" in recipe.compare:
         announce("For comparison: DPO on the best against the worst")
         comparison.add("DPO", train_dpo(pairs, setup, "dpo", max_steps=max_steps))
     if "ipo" in recipe.compare:
         announce("For comparison: IPO on the best against the worst")
-        policy = train_dpo(pairs, setup, "ipo", max_steps=max_steps, beta=recipe.ipo_beta, loss_type=["ipo"])
-        comparison.add("IPO", policy)
+        ipo_policy = train_dpo(pairs, setup, "ipo", max_steps=max_steps, beta=recipe.ipo_beta, loss_type=["ipo"])
+        comparison.add("IPO", ipo_policy)
     announce("CoPG: answers")
-    comparison.add("CoPG", trainer.model)
+    comparison.add("CoPG", policy)
     if is_main:
         comparison.write()
         plot_training(trainer, output_dir)

@@ -33,6 +33,7 @@ from common import (
     load_toy,
     parse,
     train_sft,
+    trained_policy,
     write_results,
 )
 from datasets import Dataset, DatasetDict
@@ -94,12 +95,13 @@ def train_policy(setup: Setup, train: Dataset, test: Dataset, reward: RewardFunc
     trainer = ALoLTrainer(setup.model, args=args, train_dataset=train, reward_funcs=reward, **setup.trainer_kwargs())
     trainer.train()
     trainer.save_model()
-    comparison = Comparison(setup, test, trainer.model, judge, judge is None, reward)
+    policy = trained_policy(trainer)
+    comparison = Comparison(setup, test, policy, judge, judge is None, reward)
     announce("For comparison: SFT on chosen completions")
     chosen = as_completions(train, chosen_only=True)
     comparison.add("SFT on chosen", train_sft(chosen, setup, "sft", max_steps=trainer.state.max_steps))
     announce("A-LoL: answers")
-    comparison.add("A-LoL", trainer.model)
+    comparison.add("A-LoL", policy)
     if PartialState().is_main_process:
         comparison.write()
 

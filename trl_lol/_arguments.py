@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from transformers.trainer_utils import SaveStrategy
+
+from ._cache import check_writable
 from ._trl import get_config_model_id
 
 
@@ -24,13 +27,16 @@ def resolve_args(args: Any | None, config_class: type, model: Any, trainer_class
 
     Raises:
         `TypeError`: If `args` is of another class.
+        `OSError`: If there are to be checkpoints, and nothing can be written to the output directory.
     """
     if args is None:
         model_name = model if isinstance(model, str) else get_config_model_id(model.config)
-        return config_class(f"{model_name.split('/')[-1] or 'model'}-{trainer_class._name}")
+        args = config_class(f"{model_name.split('/')[-1] or 'model'}-{trainer_class._name}")
     if not isinstance(args, config_class):
         raise TypeError(
             f"`args` is of type {type(args).__name__}. {trainer_class.__name__} expects {config_class.__name__}: "
             "replacing the class name is enough for all arguments that mean something to both."
         )
+    if args.should_save and args.save_strategy != SaveStrategy.NO:
+        check_writable(args.output_dir)
     return args

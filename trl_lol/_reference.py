@@ -5,7 +5,8 @@ import copy
 from accelerate.logging import get_logger
 from peft import PeftModel
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
+
+from .engines import is_sharded
 
 
 logger = get_logger(__name__)
@@ -26,10 +27,13 @@ def copy_as_reference(model: PreTrainedModel, instead: str) -> PreTrainedModel:
         [`~transformers.PreTrainedModel`]: The copy, in evaluation mode and without gradients.
 
     Raises:
-        `ValueError`: If the policy is sharded (ZeRO-3), so that there is no whole to copy.
+        `ValueError`: If the policy is sharded already (ZeRO-3), so that there is no whole to copy.
     """
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(f"Under ZeRO-3 the policy is sharded and cannot be copied in memory. {instead}.")
+    if is_sharded(model):
+        raise ValueError(
+            "The policy is sharded already (ZeRO-3), and cannot be copied in memory. Pass its name or path instead of "
+            f"the model, so that the reference is loaded beside it. Or: {instead}."
+        )
     size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     logger.warning(f"Keeping a copy of the policy as the reference, {size:.2f} GiB. To save the memory: {instead}.")
     return copy.deepcopy(model).requires_grad_(False).eval()

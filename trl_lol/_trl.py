@@ -13,6 +13,8 @@ from trl.data_utils import (
 )
 from trl.models.utils import (
     disable_gradient_checkpointing,  # for forwards without gradient
+    prepare_deepspeed,  # an engine for a model that is not trained
+    prepare_fsdp,  # shards a model that is not trained
     unwrap_model_for_generation,  # gathers ZeRO-3 shards, lifts gradient checkpointing
 )
 from trl.trainer.utils import (
@@ -41,6 +43,8 @@ __all__ = [
     "hash_module",
     "is_async_callable",
     "pad",
+    "prepare_deepspeed",
+    "prepare_fsdp",
     "start_event_loop_in_daemon",
     "tokenize",
     "unwrap_model_for_generation",

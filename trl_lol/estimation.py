@@ -20,6 +20,7 @@ from ._cache import model_key
 from ._trl import get_config_model_id
 from .advantages import mean_rewards, sequence_advantages
 from .data import as_group, check_columns, check_row, prompt_key, tokenize_prompt, tokenize_row
+from .engines import loading_whole
 from .generation import evaluating, sample_completions
 from .rewards import ColumnReward, RewardFunc, score_dataset
 from .rewards.calling import Rewards, parts_of
@@ -136,7 +137,8 @@ def estimate_advantages(
     values = None
     if baseline == "value":
         if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model).to(PartialState().device)
+            with loading_whole():
+                model = AutoModelForCausalLM.from_pretrained(model).to(PartialState().device)
         estimator = ValueEstimator(
             partial(_as_policy, model),
             cache_dir=cache_dir,

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ._cache import cached, model_key
 from ._trl import pad
 from .data import PREFERENCE_REWARDS, Messages, tokenize_prompt
+from .engines import generate_in_step, is_sharded
 
 
 @contextmanager
@@ -136,8 +137,8 @@ def sample_completions(
         completions and their rewards.
 
     Raises:
-        `ValueError`: If there is no `prompt` column, if a prompt has no tokens, or if `num_completions` is less than
-            1.
+        `ValueError`: If there is no `prompt` column, if a prompt has no tokens, if `num_completions` is less than 1,
+            or if the model is sharded.
 
     Example:
 
@@ -155,6 +156,11 @@ def sample_completions(
         raise ValueError("The dataset is empty, so there are no prompts to complete.")
     if num_completions < 1:
         raise ValueError(f"`num_completions={num_completions}` must be at least 1.")
+    if is_sharded(model):
+        raise ValueError(
+            "The model is sharded (FSDP or ZeRO-3), and each process samples for prompts of its own, in a time of its "
+            "own. Sample before training with a model that is loaded as a whole, or use DDP or ZeRO-2."
+        )
     rows = dataset.with_format(None)
     rows = rows.select_columns([n for n in ("prompt", "tools", "chat_template_kwargs") if n in rows.column_names])
     prompts = list(rows["prompt"])
@@ -243,6 +249,7 @@ def _generate(
         **generation_kwargs,
     }
 
+    generate_in_step(model)
     completion_ids: list[list[int]] = [[]] * len(prompt_ids)
     with evaluating(model), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from ._cache import cached
 from ._trl import FusedCausalLMOutput
+from .engines import backbone
 
 
 class PromptValueHead(nn.Module):
@@ -117,15 +118,14 @@ def prompt_hidden_states(
     order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
     pad_token_id = model.config.get_text_config().pad_token_id or 0
     starts = range(0, len(order), batch_size)
+    read = backbone(model)
     for start in tqdm(starts, desc=desc, disable=desc is None):
         batch = order[start : start + batch_size]
         sequences = [torch.tensor(prompt_ids[i] or [pad_token_id]) for i in batch]
         input_ids = pad_sequence(sequences, batch_first=True, padding_value=pad_token_id).to(model.device)
         attention_mask = pad_sequence([torch.ones_like(s) for s in sequences], batch_first=True).to(model.device)
         with torch.no_grad():
-            hidden_states = model.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-            ).last_hidden_state
+            hidden_states = read(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         yield batch, [h[: len(s)] for h, s in zip(hidden_states, sequences, strict=True)]
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model, tqdm
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -28,7 +28,15 @@ from .._trl import (
     global_then_local_main_first,
     use_adapter,
 )
-from ..data import DataCollatorForGroups, check_columns, group_by_prompt, has_single_completions, tokenize_row
+from ..data import (
+    TOKENIZED,
+    DataCollatorForGroups,
+    check_columns,
+    group_by_prompt,
+    has_single_completions,
+    tokenize_row,
+)
+from ..engines import check_engine, placed_policy, uses_fsdp
 from ..generation import evaluating
 from ..rewards import RewardFunc, score_dataset
 from .base_config import _OfflineRewardConfig
@@ -80,7 +88,8 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
             )
         if isinstance(train_dataset, Dataset | IterableDataset):  # DPOTrainer's constructor rejects anything else
             check_columns(_column_names(train_dataset, "train"))
-        needs_copy = ref_model is None and peft_config is None and not args.precompute_ref_log_probs
+        is_own_reference = ref_model is None and args.precompute_ref_log_probs
+        needs_copy = ref_model is None and peft_config is None and (not is_own_reference or uses_fsdp(args))
         if needs_copy and isinstance(model, PreTrainedModel):
             ref_model = copy_as_reference(model, "set `precompute_ref_log_probs=True`, or train a LoRA")
 
@@ -102,6 +111,9 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
             peft_config=peft_config,
         )
         self._constructed = True
+        check_engine(self)
+        if is_own_reference:
+            self.ref_model = None  # under FSDP, DPOTrainer insists on one
         if data_collator is None:
             self.data_collator = DataCollatorForGroups(
                 self._tokenizer.pad_token_id, args.max_length, args.pad_to_multiple_of
@@ -167,9 +179,14 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
             if needs_grouping:
                 dataset = group_by_prompt(dataset)
                 columns = dataset.column_names
+            features = None
+            if is_map_style:
+                kept = {name: feature for name, feature in dataset.features.items() if name == "subset"}
+                features = Features({**kept, **TOKENIZED, "num_cut": Value("int64")})
             dataset = dataset.map(
                 tokenize,
                 with_indices=True,
+                features=features,
                 # another version of this package does not find this one's cache
                 fn_kwargs={"max_length": args.max_length, "version": __version__},
                 remove_columns=[name for name in columns if name != "subset"],
@@ -258,12 +275,17 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
     @cached_property
     def _reference_key(self) -> tuple:
         """What the reference's outputs depend on. First read before training, when the policy is the reference."""
-        return (*model_key(self.ref_model or self.model), self.accelerator.mixed_precision)
+        return (
+            *model_key(self.accelerator.unwrap_model(self.ref_model or self.model)),
+            self.accelerator.mixed_precision,
+        )
 
     @contextmanager
     def _reference_policy(self) -> Iterator[PreTrainedModel]:
         """The frozen reference policy, without wrappers or adapters. Within it, the policy itself is off limits."""
         with ExitStack() as stack:
+            if self.ref_model is None:
+                stack.enter_context(placed_policy(self))
             stack.enter_context(evaluating(self.ref_model or self.model))
             stack.enter_context(disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs))
             if self.ref_model is None and is_peft_model(self.model):

@@ -6,7 +6,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._cache import write_tensors
@@ -95,6 +95,11 @@ class APATrainer(_ActorCriticTrainer):
                     f"`reset_ref_patience` looks at the reward on one eval dataset, and there are "
                     f"{len(self.eval_dataset)}: {', '.join(self.eval_dataset)}. Pass one of them."
                 )
+            if self._dist.is_fsdp or self._dist.is_zero3:
+                raise ValueError(
+                    "`reset_ref_patience` copies the policy into the reference, and under FSDP and ZeRO-3 no process "
+                    "has all of it. Use DDP or ZeRO-2, or leave it out."
+                )
             self.add_callback(_ResetReference(self, patience))
 
     def _policy_loss(self, logps: Tensor, inputs: dict[str, Tensor], mask: Tensor) -> Tensor:
@@ -132,10 +137,10 @@ class APATrainer(_ActorCriticTrainer):
             # Tied weights are one tensor under two names, which the format refuses
             write_tensors({name: tensor.cpu().clone() for name, tensor in weights.items()}, path)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint, REFERENCE_FILE)
-        if path.exists():
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        path = Path(checkpoint or "", REFERENCE_FILE)
+        if checkpoint is not None and path.exists():
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(load_file(path))
             self._is_reference_reset = True
 

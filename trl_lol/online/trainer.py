@@ -27,11 +27,13 @@ from .._trl import (
     is_async_callable,
 )
 from ..advantages import explained_variance, gae, masked_whiten, sequence_advantages, token_rewards
+from ..data import LARGEST_REWARD
+from ..engines import check_engine, generate_in_step, prepare_reference
 from ..losses import value_loss
 from ..rewards.calling import RewardFunc, call, call_async
 from ..value import StateValueHead, add_value_head
 from .base_config import _ActorCriticConfig
-from .checks import check_datasets, check_reward_funcs
+from .checks import check_datasets, check_prompt, check_reward_funcs
 
 
 logger = get_logger(__name__)
@@ -125,9 +127,10 @@ class _ActorCriticTrainer(WholeCheckpointsMixin, GRPOTrainer):
         finally:
             args.beta = beta
         self.beta = beta
+        check_engine(self)
         if reference is not None:
             add_fused_lm_head(reference, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
-            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+            self.ref_model = prepare_reference(reference, self.accelerator)
         elif is_own or (beta != 0.0 and not _starts_as_identity(peft_config)):
             copy_adapter_as_reference(self.model)
         if not any(p.requires_grad for p in self.model.parameters()):
@@ -175,7 +178,25 @@ class _ActorCriticTrainer(WholeCheckpointsMixin, GRPOTrainer):
             if self.value_head is not None:
                 self._base_model.value_head = self.value_head
 
+    def _tokenize_prompts(self, prompts: list) -> Any:
+        for prompt in prompts:
+            check_prompt(prompt, "A row")
+        try:
+            tokenized = super()._tokenize_prompts(prompts)
+        except Exception as error:  # whatever tokenizers and chat templates raise
+            raise ValueError(
+                f"The prompts of a batch cannot be tokenised, {type(error).__name__}: {error}. Texts must be valid "
+                "Unicode, messages what the chat template takes, and all prompts of one kind."
+            ) from error
+        if [] in tokenized[0]:
+            raise ValueError(
+                f"The prompt {prompts[tokenized[0].index([])]!r} has no tokens, and nothing could be generated after "
+                "it. Drop such rows, or use a tokenizer that adds a BOS token."
+            )
+        return tokenized
+
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        generate_in_step(self.model)
         with self._without_value_head():  # vLLM gets all weights of the policy, and has no place for the head's
             return super()._generate_single_turn(*args, **kwargs)
 
@@ -257,6 +278,11 @@ class _ActorCriticTrainer(WholeCheckpointsMixin, GRPOTrainer):
         """The rewards of all processes' completions, NaN for those that no function has scored."""
         weights = self.reward_weights.to(self._rewards_per_func)
         rewards = (self._rewards_per_func * weights).nansum(dim=1)
+        if (rewards.abs() > LARGEST_REWARD).any():
+            raise ValueError(
+                f"The weighted sum of a completion's rewards is {rewards[rewards.abs().argmax()]:g}. Beyond "
+                f"{LARGEST_REWARD:g} losses overflow: scale the rewards or `reward_weights` down."
+            )
         return rewards.masked_fill(self._rewards_per_func.isnan().all(dim=1), torch.nan)
 
     def _completion_rewards(self, batch: dict[str, Any]) -> Tensor:
@@ -414,9 +440,12 @@ class _ActorCriticTrainer(WholeCheckpointsMixin, GRPOTrainer):
         return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        head = None if self.value_head is None else self.value_head.state_dict()
+        if head and state_dict is not None:  # gathered from the shards; saving the model takes them out
+            head = {n.rpartition("value_head.")[2]: t for n, t in state_dict.items() if "value_head." in n}
         super()._save(output_dir, state_dict)
-        if self.value_head is not None:
-            write_tensors(self.value_head.state_dict(), Path(output_dir or self.args.output_dir) / VALUE_HEAD_FILE)
+        if head and self.args.should_save:
+            write_tensors(head, Path(output_dir or self.args.output_dir) / VALUE_HEAD_FILE)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._step, self._buffered_inputs = 0, None  # of an earlier call
@@ -447,11 +476,21 @@ class _ActorCriticTrainer(WholeCheckpointsMixin, GRPOTrainer):
                 torch.save({"key": self._rollouts_key, "step": self._step, "batches": self._buffered_inputs}, beside)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # which brings the value head along
+            return
         # The value head has a file of its own
         with self._without_value_head(), same_dtypes(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_value_head(resume_from_checkpoint)
-        path = Path(resume_from_checkpoint, f"rollouts_{self.accelerator.process_index}.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_rollouts(checkpoint)
+
+    def _load_rollouts(self, checkpoint: str) -> None:
+        path = Path(checkpoint, f"rollouts_{self.accelerator.process_index}.pt")
         if path.exists():
             rollouts = torch.load(path, map_location="cpu", weights_only=True)
             if rollouts["key"] == self._rollouts_key:
@@ -461,6 +500,9 @@ class _ActorCriticTrainer(WholeCheckpointsMixin, GRPOTrainer):
                 logger.warning("The checkpoint's rollouts are of a run with other batches: they are made anew.")
 
     def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # which keep the head with the policy
+            super()._load_best_model()
+            return
         with self._without_value_head():
             super()._load_best_model()
         self._load_value_head(self.state.best_model_checkpoint)
