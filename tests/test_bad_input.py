@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 import trl
-from conftest import distance, early_tokens, weights
+from conftest import distance, early_tokens, logged, weights
 from datasets import Dataset, DatasetDict, IterableDataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from trl_lol import ALoLTrainer, APATrainer, CoPGTrainer, DRPOTrainer, PPOTrainer
-from trl_lol.data import as_group, check_row, group_by_prompt
+from trl_lol.data import LARGEST_REWARD, as_group, check_row, group_by_prompt
 from trl_lol.rewards import ColumnReward, call_reward_funcs, score_dataset, weighted_sum
 
 
@@ -118,6 +118,8 @@ TABLE: list[tuple[str, list[type], dict[str, Any], type[Exception], str]] = [
      "The prompt '' has no tokens | Drop"),
     ("prompts", ONLINE, {"train_dataset": stream(*[{"prompt": "\ud800", "reference": "a"}] * 8)}, ValueError,
      "cannot be tokenised | valid Unicode"),
+    ("prompts", C, {"train_dataset": stream(*[{"prompt": "a", "reference": "\ud800"}] * 8)}, ValueError,
+     "The reference completion of the prompt 'a' is '\\ud800'. | a text"),
     ("prompts", ONLINE, {"train_dataset": rows(**PROMPTS | {"prompt": [ASK] * 7 + [[]]})}, ValueError,
      "Row 7 | `prompt` []"),
     ("messages", OFFLINE, {"train_dataset": rows(prompt=[[{"content": "a"}]], completions=[[ASK]], rewards=[[1.0]])},
@@ -319,6 +321,22 @@ def test_column_names_that_are_arguments():
 def test_what_is_no_dataset(made):
     with pytest.raises(TypeError, match=f"got a {type(made).__name__}. Pass one split"):
         score_dataset(made, returns(1.0))
+
+
+@pytest.mark.parametrize("trainer_class", OFFLINE + ONLINE)
+def test_the_largest_rewards_are_trained_on(build_trainer, build_online_trainer, trainer_class):
+    """From a norm that is infinite, gradients are clipped to nothing: that is where the limit comes from."""
+
+    def extremes(completions: list, **kwargs: Any) -> list[float]:
+        return [LARGEST_REWARD * (-1) ** i for i in range(len(completions))]
+
+    is_online = trainer_class in ONLINE
+    build = build_online_trainer if is_online else build_trainer
+    made = rows(**PROMPTS) if is_online else groups(TWO, TWO, [0.0, 1.0], [0.0, 1.0])
+    settings = {"baseline": "none"} if trainer_class is ALoLTrainer else {}
+    trainer = build(trainer_class, train_dataset=made, reward_funcs=[extremes], max_steps=2, **settings)
+    trainer.train()
+    assert all(0 < norm < INF for norm in logged(trainer, "grad_norm"))
 
 
 def test_numbers_of_other_kinds():

@@ -32,8 +32,8 @@ ROW_FORMATS = """\
   - chosen, rejected (preference with an implicit prompt)
 With `reward_funcs`, or after `score_dataset`, no reward column is needed."""
 
-# Losses and norms of gradients hold squares of rewards, and single precision ends at 3e38. A larger reward would make the
-# norm infinite, by which gradients are clipped to nothing
+# Losses and norms of gradients hold squares of rewards, and single precision ends at 3e38: with much larger ones the
+# norm is infinite, and gradients are clipped to nothing
 LARGEST_REWARD = 1e15
 PREFERENCE_REWARDS = (("chosen_reward", "rejected_reward"), ("score_chosen", "score_rejected"))
 

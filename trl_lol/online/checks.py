@@ -63,7 +63,8 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, args: _ActorCriticConf
             Config of the trainer.
 
     Raises:
-        `ValueError`: If there is no such dataset or no such column, or if there are too few prompts.
+        `ValueError`: If there is no such dataset or no such column, if a prompt is neither text nor messages, or if
+            there are too few prompts.
     """
     if train_dataset is None:
         raise ValueError("`train_dataset` is required: a dataset with a column `prompt`.")

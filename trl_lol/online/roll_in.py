@@ -1,5 +1,6 @@
 """The reference completions that rollouts restart from."""
 
+import re
 from itertools import islice
 from typing import Any
 
@@ -118,12 +119,14 @@ def reference_message(prompt: str | Messages, reference: str | Messages | None) 
             "a text, messages of which the first is the assistant's, its content a text, or null. "
             "`trl.extract_prompt` takes the prompt out of whole conversations"
         )
-    if message["role"] != "assistant" or not isinstance(message.get("content"), str):
+    content = message.get("content")
+    # Half of a surrogate pair is no Unicode, which tokenizers refuse
+    if message["role"] != "assistant" or not isinstance(content, str) or re.search("[\ud800-\udfff]", content):
         raise ValueError(
             f"The reference completion of the prompt {str(prompt)[-80:]!r} is {str(reference)[:80]!r}. It must be "
             f"{expected}."
         )
-    return message if message["content"] else None
+    return message if content else None
 
 
 def tokenize_reference(
