@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForSequenceClassification
+from trl import RewardConfig
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
@@ -24,7 +26,7 @@ import drpo_tldr
 import ppo_hh
 import reward_model as reward_recipe
 
-from trl_lol import RewardModel
+from trl_lol import ALoLConfig, APAConfig, CoPGConfig, DRPOConfig, PPOConfig, RewardModel
 
 
 @pytest.fixture(autouse=True)
@@ -431,3 +433,30 @@ def test_a_reward_model_is_trained_saved_and_used(
     assert list(policies) == ["reference", "SFT on chosen", "A-LoL"]
     assert all(("reward" in metrics) != from_folder and "train_reward" in metrics for metrics in policies.values())
     assert ("pair_accuracy" in policies["A-LoL"]) == from_folder
+
+
+CONFIGS = Path(common.__file__).parent / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_one_of_its_recipe(tmp_path, monkeypatch, path):
+    """Each field is known to the recipe, and reaches it. Control: an unknown one does not pass."""
+    recipe, config_class = {
+        "alol_hh": (alol_hh.RecipeArguments, ALoLConfig),
+        "apa_hh": (common.OnlineArguments, APAConfig),
+        "copg_gsm8k": (copg_gsm8k.RecipeArguments, CoPGConfig),
+        "drpo_tldr": (drpo_tldr.RecipeArguments, DRPOConfig),
+        "ppo_hh": (common.OnlineArguments, PPOConfig),
+        "reward_model": (reward_recipe.RecipeArguments, RewardConfig),
+    }["_".join(path.stem.split("_")[:2])]
+    fields = yaml.safe_load(path.read_text())
+    command = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--config", str(path), *command])
+    found = {name: value for part in common.parse(recipe, config_class, path) for name, value in vars(part).items()}
+    for name in fields.keys() - {"output_dir", "use_cpu", "bf16", "report_to"}:
+        assert found[name] == fields[name], name
+
+    (tmp_path / "other.yaml").write_text(path.read_text() + "\nno_such_field: 1\n")
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--config", str(tmp_path / "other.yaml"), *command])
+    with pytest.raises(ValueError, match="no_such_field"):
+        common.parse(recipe, config_class, path)
