@@ -31,6 +31,7 @@ from common import (
     load_splits,
     load_toy,
     parse,
+    take_engine,
     train_dpo,
     train_sft,
     trained_policy,
@@ -120,6 +121,7 @@ def main() -> None:
     setup.make_reference(rows["train"])
 
     announce("A-LoL: values, advantages, training")
+    take_engine(args)
     trainer = ALoLTrainer(setup.model, args=args, train_dataset=rows["train"], **setup.trainer_kwargs())
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()

@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, load_dataset
 from peft import AutoPeftModelForCausalLM
@@ -31,6 +32,7 @@ from trl import (
     DPOConfig,
     DPOTrainer,
     ModelConfig,
+    RewardConfig,
     RLOOConfig,
     RLOOTrainer,
     ScriptArguments,
@@ -42,6 +44,7 @@ from trl import (
 )
 
 from trl_lol import RewardModel, toy
+from trl_lol._resume import CHECKPOINT_FILE
 from trl_lol.data import as_group, tokenize_row
 from trl_lol.engines import is_sharded, loading_whole
 from trl_lol.evaluation import evaluate_policy, reference_policy
@@ -159,8 +162,11 @@ def parse(recipe_class: type, config_class: type, toy_config: Path) -> tuple[Any
     recipe, args, model_args = TrlParser((recipe_class, config_class, ModelConfig)).parse_args_and_config(argv)
     if recipe.dataset_name is None and model_args.model_name_or_path is not None:
         raise ValueError("The embedded world has a model of its own. Give `--dataset_name`, or no model.")
-    if str(args.resume_from_checkpoint).lower() == "true":  # from the last one in the output directory
-        args.resume_from_checkpoint = True
+    if str(args.resume_from_checkpoint).lower() == "true":
+        # From the last one in the output directory. Without one from the beginning, so that the command that began a
+        # run goes on with it, too
+        last_written = "trainer_state.json" if config_class is RewardConfig else CHECKPOINT_FILE
+        args.resume_from_checkpoint = any(Path(args.output_dir).glob(f"checkpoint-*/{last_written}"))
     if PartialState().num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(
             f"{os.environ['WORLD_SIZE']} processes were started, and each would train alone. They found no GPU: add "
@@ -262,9 +268,10 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
 
     SHARED = (
-        "seed", "bf16", "fp16", "use_cpu", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
-        "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
-        "max_length", "logging_steps", "report_to", "disable_tqdm", "model_init_kwargs", "dataset_num_proc",
+        "seed", "bf16", "fp16", "use_cpu", "ddp_backend", "learning_rate", "lr_scheduler_type", "warmup_steps",
+        "weight_decay", "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "gradient_checkpointing", "max_length", "logging_steps", "report_to", "disable_tqdm", "model_init_kwargs",
+        "dataset_num_proc",
     )  # fmt: skip
 
     @classmethod
@@ -297,6 +304,9 @@ class Setup:
         model, steps = self.model, self.recipe.reference_sft_steps
         if isinstance(model, str) and not steps:
             return
+        if steps and not isinstance(model, str):  # an adapter that is loaded again needs the name of its base
+            self.model = f"{self.args.output_dir}/untrained"
+            self._save(model, self.model)
         if steps:
             announce("The reference policy: SFT on all completions")
             model = train_sft(
@@ -310,10 +320,24 @@ class Setup:
             )
             model = model.merge_and_unload() if is_peft_model(model) else model
         self.model = f"{self.args.output_dir}/reference"
+        self._save(model, self.model)
+
+    def _save(self, model: PreTrainedModel, folder: str) -> None:
+        """Keep a model that is whole on every process."""
         if PartialState().is_main_process:
-            model.save_pretrained(self.model)
-            self.tokenizer.save_pretrained(self.model)
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
         PartialState().wait_for_everyone()
+
+
+def take_engine(args: TrainingArguments) -> None:
+    """
+    Call it before a trainer whose arguments are older than another trainer of the process: DeepSpeed has one set of
+    settings, which are now those of the other.
+    """
+    if args.deepspeed_plugin is not None:
+        AcceleratorState._reset_state()
+        args.deepspeed_plugin.set_deepspeed_weakref()
 
 
 def trained_policy(trainer: Trainer) -> PreTrainedModel:
@@ -637,6 +661,7 @@ def run_online(
     ppo_args = copy(args)  # before the trainer has been at them
 
     announce(f"{method}: training")
+    take_engine(args)
     trainer = trainer_class(setup.model, reward, args=args, train_dataset=prompts, **setup.trainer_kwargs())
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
@@ -672,6 +697,7 @@ def run_online(
     if "ppo" in recipe.compare:
         announce("For comparison: PPO, the same without resets")
         ppo_args.output_dir, ppo_args.reset_prob, ppo_args.save_strategy = f"{output_dir}/ppo", 0.0, "no"
+        take_engine(ppo_args)
         ppo = trainer_class(setup.model, reward, args=ppo_args, train_dataset=prompts, **setup.trainer_kwargs())
         ppo.train()
         comparison.add("PPO", trained_policy(ppo))

@@ -38,6 +38,7 @@ from common import (
     load_splits,
     load_toy,
     parse,
+    take_engine,
     train_dpo,
     train_sft,
     trained_policy,
@@ -259,6 +260,7 @@ def main() -> None:
     setup.make_reference(rows["train"], per_device_train_batch_size=batch_size)
 
     announce("CoPG: training")
+    take_engine(args)
     trainer = CoPGTrainer(setup.model, args=args, train_dataset=rows["train"], **setup.trainer_kwargs())
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()

@@ -32,6 +32,7 @@ from common import (
     as_completions,
     load_toy,
     parse,
+    take_engine,
     train_sft,
     trained_policy,
     write_results,
@@ -127,6 +128,7 @@ def main() -> None:
     kwargs = setup.trainer_kwargs()
     if kwargs["peft_config"] is not None:
         kwargs["peft_config"].task_type = "SEQ_CLS"  # keeps the head, which is new, beside the adapter
+    take_engine(args)
     trainer = RewardTrainer(setup.model, args=args, train_dataset=rows["train"], **kwargs)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
