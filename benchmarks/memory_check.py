@@ -35,7 +35,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from trl.kernels import chunked_logprob
 
 from trl_lol import (
     ALoLConfig,
@@ -50,7 +49,7 @@ from trl_lol import (
     PPOTrainer,
     toy,
 )
-from trl_lol._trl import add_fused_lm_head
+from trl_lol._trl import add_fused_lm_head, chunked_logprob
 from trl_lol.value import add_value_head
 
 

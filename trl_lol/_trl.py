@@ -11,6 +11,9 @@ from trl.data_utils import (
     common_prefix_length,  # where the tokens of prompt and prompt+completion part
     get_dataset_column_names,  # also of a streamed dataset without known features
 )
+from trl.kernels import (
+    chunked_logprob,  # the fused LM head's kernels, which benchmarks/memory_check.py stands in for
+)
 from trl.models.utils import (
     disable_gradient_checkpointing,  # for forwards without gradient
     prepare_deepspeed,  # an engine for a model that is not trained
@@ -34,6 +37,7 @@ from trl.trainer.utils import (
 __all__ = [
     "FusedCausalLMOutput",
     "add_fused_lm_head",
+    "chunked_logprob",
     "common_prefix_length",
     "disable_gradient_checkpointing",
     "get_callable_name",
