@@ -1,6 +1,7 @@
 """The reference policy, as a copy of the initial one in memory: a model, or an adapter."""
 
 import copy
+from typing import Any
 
 from accelerate.logging import get_logger
 from peft import PeftModel
@@ -62,3 +63,8 @@ def copy_adapter_as_reference(model: PeftModel) -> None:
             trained = model.get_parameter(".".join(active if part == "ref" else part for part in path))
             parameter.requires_grad_(False)
             parameter.data.copy_(trained.data)
+
+
+def starts_as_identity(peft_config: Any | None) -> bool:
+    """Whether a model with a new adapter is the same as without it, which can then be its reference."""
+    return getattr(peft_config, "init_lora_weights", True) in (True, "gaussian", "eva")

@@ -50,7 +50,7 @@ class WholeCheckpointsMixin(Trainer):
             self.accelerator.wait_for_everyone()
             if args.should_save:
                 # A killed run may have left what is written beside its place
-                files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
+                files = [path for path in folder.rglob("*") if path.is_file() and ".tmp" not in path.name]
                 sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
                 with written_beside(folder / CHECKPOINT_FILE) as beside:
                     beside.write_text(json.dumps({"trl_lol": __version__, "files": sizes}, indent=2))

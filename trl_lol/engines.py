@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object, is_peft_model, parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -130,7 +130,7 @@ def placed_policy(trainer: Trainer) -> Iterator[None]:
     model = trainer.model
     if trainer.is_deepspeed_enabled and trainer.model_wrapped is model and trainer._precompute_engine is None:
         trainer._precompute_engine = prepare_deepspeed(model, trainer.accelerator)  # as DPOTrainer does
-    is_on_host = trainer.is_fsdp_enabled and not is_sharded(model)
+    is_on_host = trainer.is_fsdp_enabled and not is_sharded(model) and model.device != trainer.accelerator.device
     if is_on_host:
         model.to(trainer.accelerator.device)
     try:
@@ -157,17 +157,3 @@ def backbone(model: PreTrainedModel) -> Callable[..., Any]:
     model._call_backbone = types.MethodType(lambda self, **kwargs: self.base_model(**kwargs), model)
     register_fsdp_forward_method(model, "_call_backbone")
     return model._call_backbone
-
-
-def generate_in_step(model: nn.Module) -> None:
-    """
-    Let the ranks' `generate` go on until the last of them is done, as each forward gathers weights from all. It does
-    so by itself for models that transformers or DeepSpeed has sharded, and does not see that accelerate has.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model.
-    """
-    if is_sharded(model):
-        model = model.get_base_model() if is_peft_model(model) else model
-        model._is_fsdp_managed_module = True

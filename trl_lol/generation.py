@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ._cache import cached, model_key
 from ._trl import pad
 from .data import PREFERENCE_REWARDS, Messages, tokenize_prompt
-from .engines import generate_in_step, is_sharded
+from .engines import is_sharded
 
 
 @contextmanager
@@ -249,7 +249,6 @@ def _generate(
         **generation_kwargs,
     }
 
-    generate_in_step(model)
     completion_ids: list[list[int]] = [[]] * len(prompt_ids)
     with evaluating(model), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)

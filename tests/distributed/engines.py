@@ -28,6 +28,7 @@ from trl_lol import (
     toy,
     weighted_sum,
 )
+from trl_lol._cache import model_key
 
 
 OFFLINE = ("full", "lora", "cached", "path")
@@ -139,6 +140,7 @@ def main(engine: str, folder: Path) -> None:
             found |= {name: metrics[name] for name in ("eval_loss", "eval_generation/reward", "eval_generation/kl")
                       if name in metrics}  # fmt: skip
         trainer.save_model(str(folder / method / kind / "final"))
+        found["key"], *_ = model_key(trainer.accelerator.unwrap_model(trainer.model))
         # Resumed in the middle of a generation, whose completions would be others if they were made anew
         adam = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4}
         whole = build(method, kind, "whole", **adam, save_strategy="steps", save_steps=2)

@@ -18,6 +18,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from trl_lol._cache import model_key
+
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "accelerate"
@@ -28,16 +30,20 @@ NO_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSp
 ENGINES = ["fsdp2", pytest.param("zero2", marks=NO_DEEPSPEED), pytest.param("zero3", marks=NO_DEEPSPEED)]
 
 
-def launch(engine: str, *script: object, timeout: int, **env: str) -> subprocess.CompletedProcess:
-    """Two processes with one of the configs, or a single one."""
-    command = [sys.executable]
+def launch(engine: str, *script: object, timeout: int, is_forced: bool = True) -> subprocess.CompletedProcess:
+    """Two processes with one of the configs, or a single one, without a GPU."""
+    command: list[object] = [sys.executable]
     if engine != "one":
         command += ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{engine}.yaml"]
         command += ["--num_processes", "2", "--main_process_port", "0"]
-    device = {"DS_ACCELERATOR": "cpu"} if engine.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
+    env = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    if engine.startswith("zero"):  # accelerate takes DeepSpeed for nothing that is told to be a CPU
+        env["DS_ACCELERATOR"] = "cpu"
+    elif is_forced:
+        env["ACCELERATE_USE_CPU"] = "true"
     done = subprocess.run(
         [*map(str, command), *map(str, script)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **device, **env},
+        env={**env, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -54,7 +60,7 @@ def worlds(tmp_path_factory):
     def world(engine: str) -> tuple[dict, dict, Path]:
         if engine not in found:
             folder = tmp_path_factory.mktemp(engine)
-            launch(engine, WORKER, engine, folder, timeout=900)
+            launch(engine, WORKER, engine, folder, timeout=1500)
             results = json.loads((folder / "results.json").read_text())
             found[engine] = results["runs"], results["errors"], folder
         return found[engine]
@@ -87,9 +93,9 @@ def test_two_ranks_equal_one(worlds, engine, run):
     (one, _, alone), (two, _, together) = worlds("one"), worlds(engine)
     assert len(one[run]["loss"]) == 3
     assert one[run].keys() == two[run].keys()
-    for name in one[run].keys() - {"whole", "resumed"}:
-        # The KL sums over 4 tokens, of log-probabilities around -6.6, which float32 spaces by 4.8e-7
-        rounding = 4 * 4.8e-7 if name == "eval_generation/kl" else 1e-6
+    for name in one[run].keys() - {"whole", "resumed", "key"}:
+        # The KL sums over 4 tokens, of differences of log-probabilities around -6.6, which float32 spaces by 4.8e-7
+        rounding = 4 * 2 * 4.8e-7 if name == "eval_generation/kl" else 1e-6
         assert one[run][name] == pytest.approx(two[run][name], rel=0, abs=rounding), name
     assert distance(weights(alone, run, "final"), weights(together, run, "final")) <= 5e-6
     # Control: training does something
@@ -107,6 +113,17 @@ def test_resumed_run_equals_the_whole_one(worlds, engine, run):
     runs, _, folder = worlds(engine)
     assert len(runs[run]["whole"]) == 4 and runs[run]["resumed"] == runs[run]["whole"]
     assert distance(weights(folder, run, "resumed-final"), weights(folder, run, "whole-final")) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("run", ["alol, full", "alol, path", "copg, cached"])
+def test_caches_know_sharded_models_by_their_weights(worlds, engine, run):
+    runs, _, folder = worlds(engine)
+    saved = AutoModelForCausalLM.from_pretrained(folder / run.replace(", ", "/") / "final")
+    assert (
+        runs[run]["key"] == model_key(saved)[0] != model_key(AutoModelForCausalLM.from_pretrained(folder / "model"))[0]
+    )
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
@@ -22,9 +21,6 @@ from trl_lol import (
     DRPOTrainer,
     GenerationEvalCallback,
     PPOTrainer,
-    estimate_advantages,
-    sample_completions,
-    score_dataset,
     toy,
     weighted_sum,
 )
@@ -90,41 +86,10 @@ def main(expected_world_size: int, folder: Path) -> None:
             # The seed decides on resets: of the groups of four, the second is reset and the first is not
             {"beta": 0.05, "learning_rate": 0.1, "reset_prob": 0.5, "seed": 10},
         ),
-        # Scores and greedy completions do not depend on how rows are dealt out, also when there are fewer than ranks
-        "scores": [
-            score_dataset(pairs.select(range(n)), toy.oracle_reward, cache_dir=cache_dir).to_dict()
-            for n in (1, 7)
-            for cache_dir in (None, folder / "scores", folder / "scores")
-        ],
-        "advantages": [estimate(pairs.select(range(n)), tokenizer, folder) for n in (2, 30)],
-        "samples": [sample(dialogues.select(range(n)), tokenizer, folder) for n in (1, 5)],
     }
     if state.is_main_process:
         torch.save(results, folder / "results.pt")
     state.destroy_process_group()
-
-
-def sample(rows: Dataset, tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[list]:
-    """Groups of two greedy completions, and a check that the ranks agree where chance has its share."""
-    model = toy.make_model(tokenizer, hidden_size=32, num_layers=2)
-    settings = {"max_new_tokens": 4, "cache_dir": folder / "samples"}
-    drawn = sample_completions(rows, model, tokenizer, 2, **settings)["completions"][:]
-    assert all(other == drawn for other in gather_object([drawn]))
-    return sample_completions(rows, model, tokenizer, 2, temperature=0.0, **settings)["completions"][:]
-
-
-def estimate(rows: Dataset, tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[float]:
-    """Advantages over values from the dataset, and a check that the ranks agree on those from rollouts, which are the
-    policy's own and of another seed on each rank."""
-    model = toy.make_model(tokenizer, hidden_size=32, num_layers=2)
-    arguments = (rows, model, toy.oracle_reward, tokenizer)
-    settings = {"max_prompts": 10, "num_train_epochs": 2, "cache_dir": folder / "advantages"}
-    rollouts = estimate_advantages(*arguments, value_source="rollouts", max_completion_length=4, **settings)
-    drawn = rollouts["chosen_advantage"][:]
-    assert all(other == drawn for other in gather_object([drawn]))
-    estimated = estimate_advantages(*arguments, **settings)
-    assert estimated["chosen_advantage"][:] != drawn
-    return [*estimated["chosen_advantage"], *estimated["rejected_advantage"]]
 
 
 def trained_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -177,14 +142,13 @@ def train_all(
         history = trainer.state.log_history
         results[name] = {
             "weights": trained_weights(trainer),
-            "dataset": trainer.train_dataset.to_dict(),
             **{
                 key: [entry[key] for entry in history if key in entry]
                 for key in ("loss", "logratio/mean", "eval_loss")
             },
         }
 
-    # Scores, values, advantages and reference log-probabilities, shared out and gathered; training on them
+    # Training on scores, values, advantages and reference log-probabilities that were shared out and gathered
     cached = trainer("cached", precompute_ref_log_probs=True, eval_dataset=rows.select(range(12)))
     cached.add_callback(GenerationEvalCallback(cached, rows, toy.heldout_reward, num_prompts=5, max_new_tokens=4))
     cached.train()

@@ -1,14 +1,15 @@
-"""What the online trainers say about data and reward functions that will not do, before models are loaded."""
+"""What the online trainers say about data, rewards and reward functions that will not do."""
 
+from collections.abc import Callable
 from itertools import islice
 from reprlib import repr as shortened
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig
 
-from ..data import column_names, is_message, is_reward
+from ..data import LARGEST_REWARD, column_names, is_message, is_reward
 from ..rewards.calling import PASSED_BY_TRL
 from .base_config import _ActorCriticConfig
 
@@ -97,6 +98,48 @@ def check_prompt(prompt: Any, where: str) -> None:
         raise ValueError(
             f"{where} has the `prompt` {shortened(prompt)}. Pass text, or a list of messages with `role` and "
             "`content`: the trainer tokenises it."
+        )
+
+
+def checked_tokens(tokenize: Callable[[list], Any], prompts: list) -> Any:
+    """
+    Tokenise prompts, and let errors say what is wrong with them.
+
+    Args:
+        tokenize (`Callable[[list], tuple]`):
+            TRL's, which returns the token ids first.
+        prompts (`list[str]` or `list[list[dict]]`):
+            The prompts.
+
+    Returns:
+        `tuple`: What `tokenize` returns.
+
+    Raises:
+        `ValueError`: If a prompt cannot be tokenised, or has no tokens.
+    """
+    for prompt in prompts:
+        check_prompt(prompt, "A row")
+    try:
+        tokenized = tokenize(prompts)
+    except Exception as error:  # whatever tokenizers and chat templates raise
+        raise ValueError(
+            f"The prompts of a batch cannot be tokenised, {type(error).__name__}: {error}. Texts must be valid "
+            "Unicode, messages what the chat template takes, and all prompts of one kind."
+        ) from error
+    if [] in tokenized[0]:
+        raise ValueError(
+            f"The prompt {prompts[tokenized[0].index([])]!r} has no tokens, and nothing could be generated after it. "
+            "Drop such rows, or use a tokenizer that adds a BOS token."
+        )
+    return tokenized
+
+
+def check_weighted_rewards(rewards: Tensor) -> None:
+    """Check that weighted sums of rewards, of shape `(batch,)`, are of a size that losses can hold."""
+    if (rewards.abs() > LARGEST_REWARD).any():
+        raise ValueError(
+            f"The weighted sum of a completion's rewards is {rewards[rewards.abs().argmax()]:g}. Beyond "
+            f"{LARGEST_REWARD:g} losses overflow: scale the rewards or `reward_weights` down."
         )
 
 

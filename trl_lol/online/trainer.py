@@ -19,7 +19,7 @@ from trl import GRPOTrainer
 
 from .._arguments import resolve_args
 from .._cache import write_tensors, written_beside
-from .._reference import copy_adapter_as_reference, copy_as_reference
+from .._reference import copy_adapter_as_reference, copy_as_reference, starts_as_identity
 from .._resume import SetEpochCallback, WholeCheckpointsMixin, same_dtypes
 from .._trl import (
     add_fused_lm_head,
@@ -27,13 +27,12 @@ from .._trl import (
     is_async_callable,
 )
 from ..advantages import explained_variance, gae, masked_whiten, sequence_advantages, token_rewards
-from ..data import LARGEST_REWARD
-from ..engines import check_engine, generate_in_step, prepare_reference
+from ..engines import check_engine, prepare_reference
 from ..losses import value_loss
 from ..rewards.calling import RewardFunc, call, call_async
 from ..value import StateValueHead, add_value_head
 from .base_config import _ActorCriticConfig
-from .checks import check_datasets, check_prompt, check_reward_funcs
+from .checks import check_datasets, check_reward_funcs, check_weighted_rewards, checked_tokens
 
 
 logger = get_logger(__name__)
@@ -131,7 +130,7 @@ class _ActorCriticTrainer(WholeCheckpointsMixin, GRPOTrainer):
         if reference is not None:
             add_fused_lm_head(reference, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
             self.ref_model = prepare_reference(reference, self.accelerator)
-        elif is_own or (beta != 0.0 and not _starts_as_identity(peft_config)):
+        elif is_own or (beta != 0.0 and not starts_as_identity(peft_config)):
             copy_adapter_as_reference(self.model)
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(
@@ -179,24 +178,9 @@ class _ActorCriticTrainer(WholeCheckpointsMixin, GRPOTrainer):
                 self._base_model.value_head = self.value_head
 
     def _tokenize_prompts(self, prompts: list) -> Any:
-        for prompt in prompts:
-            check_prompt(prompt, "A row")
-        try:
-            tokenized = super()._tokenize_prompts(prompts)
-        except Exception as error:  # whatever tokenizers and chat templates raise
-            raise ValueError(
-                f"The prompts of a batch cannot be tokenised, {type(error).__name__}: {error}. Texts must be valid "
-                "Unicode, messages what the chat template takes, and all prompts of one kind."
-            ) from error
-        if [] in tokenized[0]:
-            raise ValueError(
-                f"The prompt {prompts[tokenized[0].index([])]!r} has no tokens, and nothing could be generated after "
-                "it. Drop such rows, or use a tokenizer that adds a BOS token."
-            )
-        return tokenized
+        return checked_tokens(super()._tokenize_prompts, prompts)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        generate_in_step(self.model)
         with self._without_value_head():  # vLLM gets all weights of the policy, and has no place for the head's
             return super()._generate_single_turn(*args, **kwargs)
 
@@ -278,11 +262,7 @@ class _ActorCriticTrainer(WholeCheckpointsMixin, GRPOTrainer):
         """The rewards of all processes' completions, NaN for those that no function has scored."""
         weights = self.reward_weights.to(self._rewards_per_func)
         rewards = (self._rewards_per_func * weights).nansum(dim=1)
-        if (rewards.abs() > LARGEST_REWARD).any():
-            raise ValueError(
-                f"The weighted sum of a completion's rewards is {rewards[rewards.abs().argmax()]:g}. Beyond "
-                f"{LARGEST_REWARD:g} losses overflow: scale the rewards or `reward_weights` down."
-            )
+        check_weighted_rewards(rewards)
         return rewards.masked_fill(self._rewards_per_func.isnan().all(dim=1), torch.nan)
 
     def _completion_rewards(self, batch: dict[str, Any]) -> Tensor:
@@ -515,8 +495,3 @@ class _ActorCriticTrainer(WholeCheckpointsMixin, GRPOTrainer):
             self.value_head.load_state_dict(load_file(path))
         else:
             logger.warning(f"There is no {VALUE_HEAD_FILE} in {folder}: the value head keeps its weights.")
-
-
-def _starts_as_identity(peft_config: Any | None) -> bool:
-    """Whether a model with a new adapter is the same as without it, which can then be its reference."""
-    return getattr(peft_config, "init_lora_weights", True) in (True, "gaussian", "eva")
