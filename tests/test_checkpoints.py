@@ -58,6 +58,13 @@ def test_the_last_whole_checkpoint_is_taken(build, tmp_path, caplog):
     assert distance(weights(resumed), weights(whole)) == 0
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_damaged_list_of_files(tmp_path, content):
+    (tmp_path / "trl_lol.json").write_text(content)
+    with pytest.raises(ValueError, match=r"its trl_lol\.json is damaged"):
+        _resume.whole_checkpoint(tmp_path, tmp_path)
+
+
 @pytest.mark.parametrize("resume", [True, "checkpoint-3", "checkpoint-9"])
 def test_what_is_not_whole_is_refused(build_trainer, groups, tmp_path, resume):
     trainer = build_trainer(CoPGTrainer, train_dataset=groups, save_strategy="steps", save_steps=3)

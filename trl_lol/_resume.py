@@ -139,7 +139,11 @@ def _fault(checkpoint: Path) -> str | None:
         return "there is no such folder"
     if not (checkpoint / CHECKPOINT_FILE).exists():
         return f"it has no {CHECKPOINT_FILE}, which is written last, so it is half-written or of another trainer"
-    for name, size in json.loads((checkpoint / CHECKPOINT_FILE).read_text())["files"].items():
+    try:
+        sizes = json.loads((checkpoint / CHECKPOINT_FILE).read_text())["files"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return f"its {CHECKPOINT_FILE} is damaged"
+    for name, size in sizes.items():
         path = checkpoint / name
         found = path.stat().st_size if path.exists() else 0
         if found < size:
