@@ -32,7 +32,6 @@ from trl import (
     DPOConfig,
     DPOTrainer,
     ModelConfig,
-    RewardConfig,
     RLOOConfig,
     RLOOTrainer,
     ScriptArguments,
@@ -165,8 +164,7 @@ def parse(recipe_class: type, config_class: type, toy_config: Path) -> tuple[Any
     if str(args.resume_from_checkpoint).lower() == "true":
         # From the last one in the output directory. Without one from the beginning, so that the command that began a
         # run goes on with it, too
-        last_written = "trainer_state.json" if config_class is RewardConfig else CHECKPOINT_FILE
-        args.resume_from_checkpoint = any(Path(args.output_dir).glob(f"checkpoint-*/{last_written}"))
+        args.resume_from_checkpoint = any(Path(args.output_dir).glob(f"checkpoint-*/{CHECKPOINT_FILE}"))
     if PartialState().num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(
             f"{os.environ['WORLD_SIZE']} processes were started, and each would train alone. They found no GPU: add "

@@ -41,6 +41,7 @@ from datasets import Dataset, DatasetDict
 from trl import RewardConfig, RewardTrainer
 
 from trl_lol import ALoLConfig, ALoLTrainer, RewardModel, score_dataset, toy
+from trl_lol._resume import WholeCheckpointsMixin
 from trl_lol.rewards import RewardFunc
 
 
@@ -107,6 +108,10 @@ def train_policy(setup: Setup, train: Dataset, test: Dataset, reward: RewardFunc
         comparison.write()
 
 
+class ResumableRewardTrainer(WholeCheckpointsMixin, RewardTrainer):
+    """TRL's, which goes on from its last whole checkpoint when it is killed while it saves."""
+
+
 def main() -> None:
     recipe, args, model_args = parse(RecipeArguments, RewardConfig, TOY_CONFIG)
     output_dir = args.output_dir
@@ -129,7 +134,7 @@ def main() -> None:
     if kwargs["peft_config"] is not None:
         kwargs["peft_config"].task_type = "SEQ_CLS"  # keeps the head, which is new, beside the adapter
     take_engine(args)
-    trainer = RewardTrainer(setup.model, args=args, train_dataset=rows["train"], **kwargs)
+    trainer = ResumableRewardTrainer(setup.model, args=args, train_dataset=rows["train"], **kwargs)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import StopAt, distance, early_tokens, logged, weights
+from conftest import LORA, StopAt, distance, early_tokens, logged, weights
+from transformers import Trainer
 
 from trl_lol import ALoLTrainer, APATrainer, CoPGTrainer, DRPOTrainer, PPOTrainer, __version__, _resume
 
@@ -143,3 +144,75 @@ def test_a_folder_that_is_written_anew_is_not_whole_meanwhile(build_trainer, gro
     again.add_callback(StopAt(2))
     again.train()
     assert seen == [False, False]
+
+
+def test_what_an_earlier_run_has_left_is_not_taken_over(build_online_trainer, tmp_path):
+    """Its rollouts are of steps that this run has not taken."""
+    settings = {"num_iterations": 3, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    build_online_trainer(PPOTrainer, **settings).train()
+    folder = tmp_path / "checkpoint-2"
+    assert {"rollouts_0.pt", "optimizer.pt"} <= {path.name for path in folder.iterdir()}
+    (folder / "rollouts_1.pt").touch()  # of a second process
+    build_online_trainer(PPOTrainer, **settings, save_only_model=True).train()
+    names = {path.name for path in folder.iterdir()}
+    assert "model.safetensors" in names and not names & {"rollouts_0.pt", "rollouts_1.pt", "optimizer.pt"}
+    assert names == {*json.loads((folder / "trl_lol.json").read_text())["files"], "trl_lol.json"}
+
+
+def test_half_written_ones_go_first(build_trainer, groups, tmp_path):
+    """The one that a killed run has left has a higher number than those that are saved now."""
+    settings = {"train_dataset": groups, "save_strategy": "steps", "save_steps": 1}
+    build_trainer(CoPGTrainer, **settings).train()
+    (tmp_path / "checkpoint-3").rename(tmp_path / "checkpoint-9")
+    (tmp_path / "checkpoint-9" / "trl_lol.json").unlink()
+    resumed = build_trainer(CoPGTrainer, **settings, save_total_limit=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_finished_run_is_not_gone_on_with(build_trainer, groups, tmp_path, stream):
+    """Within an epoch: transformers would take a step more."""
+    rows = groups.to_iterable_dataset() if stream else groups
+    settings = {"train_dataset": rows, "save_strategy": "steps", "save_steps": 3}
+    whole = build_trainer(CoPGTrainer, **settings)
+    whole.train()
+    again = build_trainer(CoPGTrainer, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3 and distance(weights(again), weights(whole)) == 0
+
+
+def test_edited_texts_do_not_matter_and_lost_ones_do(build_trainer, groups, tmp_path):
+    build_trainer(CoPGTrainer, train_dataset=groups, save_strategy="steps", save_steps=3).train()
+    folder = tmp_path / "checkpoint-3"
+    config = json.loads((folder / "config.json").read_text())
+    del config["transformers_version"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert _resume.whole_checkpoint(folder, tmp_path) == str(folder)
+    (folder / "config.json").write_text("")
+    with pytest.raises(ValueError, match=r"config\.json has 0 bytes of"):
+        _resume.whole_checkpoint(folder, tmp_path)
+
+
+def test_a_folder_without_a_list_is_taken_when_told_so(tmp_path):
+    with pytest.raises(ValueError, match="of another trainer or an earlier version") as error:
+        _resume.whole_checkpoint(tmp_path, tmp_path)
+    content = str(error.value).split("`")[1]
+    (tmp_path / "trl_lol.json").write_text(content)
+    assert _resume.whole_checkpoint(tmp_path, tmp_path) == str(tmp_path)
+
+
+@pytest.mark.parametrize("load", ["_load_from_checkpoint", "_load_best_model"])
+def test_adapters_keep_their_type(build_trainer, groups, tiny_model, tmp_path, load):
+    """PEFT reads an adapter into float32."""
+    settings = {"train_dataset": groups, "save_strategy": "steps", "save_steps": 3, "peft_config": LORA}
+    trainer = build_trainer(CoPGTrainer, **settings)
+    for parameter in trainer.model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    trainer.train()
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-3")
+    arguments = [str(tmp_path / "checkpoint-3")] if load == "_load_from_checkpoint" else []
+    getattr(trainer, load)(*arguments)
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.bfloat16}
+    getattr(Trainer, load)(trainer, *arguments)  # Control
+    assert torch.float32 in {parameter.dtype for parameter in trainer.model.parameters()}

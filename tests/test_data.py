@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import cpu_args
@@ -709,3 +710,10 @@ def test_mixed_kinds_and_lone_scores_are_refused(prepare):
         check_columns(["prompt", "chosen", "rejected", "chosen_reward"])
     group = as_group({"prompt": "a", "chosen": "b", "rejected": "c", "completion": "d"})
     assert group.completions == ["b", "c"]
+
+
+def test_completions_of_any_collection_are_a_group():
+    for completions in (["a", "b"], ("a", "b"), np.array(["a", "b"])):
+        assert as_group({"prompt": "x", "completions": completions, "rewards": [1.0, 0.0]}).completions == ["a", "b"]
+    with pytest.raises(ValueError, match="name the column `completion` if it holds a single one"):
+        as_group({"prompt": "x", "completions": "ab", "rewards": [1.0, 0.0]})

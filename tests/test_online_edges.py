@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import LORA, StopAt, distance, early_tokens, logged, weights
+from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForSequenceClassification, OPTConfig, OPTForCausalLM
 
@@ -253,3 +254,32 @@ def test_vllm_goes_on_from_the_roll_in(build_online_trainer):
         assert batch["loss_mask"][i].tolist() == [0] * length + [1] * (6 - length)
         log_ratio = (batch["old_per_token_logps"][i, length:] + 1).sum()
         torch.testing.assert_close(batch["importance_sampling_ratio"][i, 0].log(), log_ratio, rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_that_are_made_when_they_are_read(build_online_trainer, references):
+    rows = references.remove_columns("prompt").add_column("prompt", range(len(references)))
+
+    def read(batch):
+        return {**batch, "prompt": [f"Number {number}" for number in batch["prompt"]]}
+
+    trainer = build_online_trainer(PPOTrainer, train_dataset=rows.with_transform(read), max_steps=1)
+    trainer.train()
+    assert len(logged(trainer, "loss")) == 1
+
+
+def test_the_message_that_is_none_is_named(build_online_trainer, references):
+    prompt = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}]
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "Hi"}]}] * 8 + [{"prompt": prompt}])
+    with pytest.raises(ValueError, match=r"Row 8 of the train dataset has the message \{.*None.*assistant"):
+        build_online_trainer(PPOTrainer, train_dataset=rows)
+
+
+@pytest.mark.parametrize("other", [True, False])
+def test_rollouts_are_gone_on_with_by_all_processes_or_none(build_online_trainer, tmp_path, monkeypatch, other):
+    settings = {"num_iterations": 3, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    build_online_trainer(PPOTrainer, **settings).train()
+    trainer = build_online_trainer(PPOTrainer, **settings)
+    trainer._step, trainer._buffered_inputs = 0, None
+    monkeypatch.setattr("trl_lol.online.trainer.gather_object", lambda own: [*own, other])
+    trainer._load_rollouts(str(tmp_path / "checkpoint-2"))
+    assert (trainer._step, trainer._buffered_inputs is not None) == ((2, True) if other else (0, False))

@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, extract_prompt, is_conversational
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -208,7 +208,6 @@ def test_constructor():
         "_precompute_ref_logps": "(self, dataset, name, batch_size)",
         "_compute_loss": "(self, model, inputs, return_outputs)",
         "_get_train_sampler": "(self, train_dataset=None)",
-        "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
     }.items(),
 )
 def test_overridden_methods(name, expected):
@@ -229,7 +228,6 @@ def test_no_other_method_is_overridden():
         "_precompute_ref_logps",
         "_compute_loss",
         "_get_train_sampler",
-        "_load_from_checkpoint",
     }
 
 
@@ -486,11 +484,8 @@ def test_reward_functions_get_what_grpo_trainer_passes(tmp_path, tiny_model, tok
         (Trainer._save_checkpoint, "(self, model, trial)"),
         (Trainer._push_from_checkpoint, "(self, checkpoint_folder)"),
         (Trainer._get_output_dir, "(self, trial)"),
-        (
-            rotate_checkpoints,
-            "(output_dir, save_total_limit=None, best_model_checkpoint=None, use_mtime=False, "
-            "checkpoint_prefix='checkpoint')",
-        ),
+        (Trainer._load_from_checkpoint, "(self, resume_from_checkpoint, model=None)"),
+        (Trainer._load_best_model, "(self)"),
         (
             sort_checkpoints,
             "(output_dir, checkpoint_prefix='checkpoint', use_mtime=False, best_model_checkpoint=None)",

@@ -1,6 +1,7 @@
 """What it takes for a resumed run to equal one that was not interrupted."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from . import __version__
 from ._cache import written_beside
@@ -42,8 +43,9 @@ class WholeCheckpointsMixin(Trainer):
         # What makes the checkpoint public, or takes an older one away, waits until it is whole
         self._later = {"push_to_hub": args.push_to_hub, "save_total_limit": args.save_total_limit}
         try:
-            if args.should_save:
-                (folder / CHECKPOINT_FILE).unlink(missing_ok=True)  # of an earlier run in the same output directory
+            if args.should_save and folder.exists():  # of an earlier run in the same output directory
+                (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+                shutil.rmtree(folder)
             self.accelerator.wait_for_everyone()
             with _changed(args, {"push_to_hub": False, "save_total_limit": None}):
                 super()._save_checkpoint(model, trial)
@@ -65,7 +67,7 @@ class WholeCheckpointsMixin(Trainer):
         if args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if args.should_save:
-            rotate_checkpoints(run_dir, args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+            _rotate(run_dir, args.save_total_limit, {folder, Path(self.state.best_model_checkpoint or folder)})
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint:
@@ -76,6 +78,29 @@ class WholeCheckpointsMixin(Trainer):
         # Resumed from its last checkpoint, within an epoch, a run would take a step more than it was asked for
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True  # a stream has epochs without end
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with same_dtypes(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with same_dtypes(self.model):
+            super()._load_best_model()
+
+
+def _rotate(run_dir: str, limit: int | None, kept: set[Path]) -> None:
+    """
+    Delete the oldest checkpoints beyond a limit, but first of all those that are none. (The function of transformers
+    may keep one of these for the latest, and delete the one that was just saved.)
+    """
+    if limit is None or limit <= 0:
+        return
+    others = [Path(path) for path in sort_checkpoints(run_dir, use_mtime=True) if Path(path) not in kept]
+    others.sort(key=lambda path: _fault(path) is None)
+    for path in others[: len(others) - max(limit - len(kept), 0)]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -138,7 +163,10 @@ def _fault(checkpoint: Path) -> str | None:
     if not checkpoint.is_dir():
         return "there is no such folder"
     if not (checkpoint / CHECKPOINT_FILE).exists():
-        return f"it has no {CHECKPOINT_FILE}, which is written last, so it is half-written or of another trainer"
+        return (
+            f"it has no {CHECKPOINT_FILE}, which is written last, so it is half-written, or of another trainer or an "
+            'earlier version (one that you know to be whole is taken with `{"trl_lol": "", "files": {}}` there)'
+        )
     try:
         sizes = json.loads((checkpoint / CHECKPOINT_FILE).read_text())["files"]
     except (json.JSONDecodeError, KeyError, TypeError):
@@ -146,7 +174,8 @@ def _fault(checkpoint: Path) -> str | None:
     for name, size in sizes.items():
         path = checkpoint / name
         found = path.stat().st_size if path.exists() else 0
-        if found < size:
+        is_text = path.suffix in (".json", ".md", ".jinja", ".txt")  # which people edit
+        if found < (1 if is_text else size):
             return f"{name} has {found} bytes of {size}"
     return None
 

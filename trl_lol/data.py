@@ -133,7 +133,7 @@ def as_group(row: Mapping[str, Any]) -> Group:
         rewards = next(([row[c], row[r]] for c, r in PREFERENCE_REWARDS if c in row and r in row), [1.0, 0.0])
         return Group(example["prompt"], [example["chosen"], example["rejected"]], rewards)
     if row.get("completions") is not None and "prompt" in row:
-        if not isinstance(row["completions"], list | tuple):
+        if isinstance(row["completions"], str | Mapping) or not isinstance(row["completions"], Iterable):
             raise ValueError(
                 f"A row has the `completions` {shortened(row['completions'])}. Give a list of texts or of message "
                 "lists, or name the column `completion` if it holds a single one."

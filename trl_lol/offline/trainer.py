@@ -13,7 +13,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model, tqdm
 from datasets import Dataset, Features, IterableDataset, Value
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOTrainer
@@ -22,7 +22,7 @@ from .. import __version__
 from .._arguments import resolve_args
 from .._cache import cached, content_key, model_key
 from .._reference import copy_as_reference
-from .._resume import SetEpochCallback, WholeCheckpointsMixin, same_dtypes
+from .._resume import SetEpochCallback, WholeCheckpointsMixin
 from .._trl import (
     disable_gradient_checkpointing,
     global_then_local_main_first,
@@ -265,10 +265,6 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
     def _sampling_weights(self, dataset: Dataset) -> Tensor | None:
         """Unnormalised sampling weights of the rows, or `None` to visit each once per epoch."""
         return None
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with same_dtypes(self.model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     # ---- Reference policy ----
 

@@ -75,8 +75,9 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, args: _ActorCriticConf
     }.items():
         if isinstance(dataset, Dataset | IterableDataset):  # GRPOTrainer's constructor says what it accepts
             check_columns(name, column_names(dataset))
-            is_stream = isinstance(dataset, IterableDataset)  # whose other prompts are checked when they are read
-            prompts = islice(dataset, 1) if is_stream else dataset.with_format(None).select_columns("prompt")
+            # The other prompts of a stream, or of a dataset that makes them as they are read, are checked then
+            is_made = isinstance(dataset, IterableDataset) or dataset.format["type"] == "custom"
+            prompts = islice(dataset, 1) if is_made else dataset.with_format(None).select_columns("prompt")
             for index, row in enumerate(prompts):
                 check_prompt(row["prompt"], f"Row {index} of the {name} dataset")
     num_prompts = args.generation_batch_size // args.num_generations
@@ -92,12 +93,17 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, args: _ActorCriticConf
 
 def check_prompt(prompt: Any, where: str) -> None:
     """Check that a prompt is one, before TRL's tokenising would stumble over it. `where` begins the error."""
-    if isinstance(prompt, list) and prompt and all(map(is_message, prompt)):
+    if isinstance(prompt, str):
         return
-    if not isinstance(prompt, str):
+    if not isinstance(prompt, list) or not prompt:
         raise ValueError(
             f"{where} has the `prompt` {shortened(prompt)}. Pass text, or a list of messages with `role` and "
             "`content`: the trainer tokenises it."
+        )
+    if odd := [message for message in prompt if not is_message(message)]:
+        raise ValueError(
+            f"{where} has the message {shortened(odd[0])} in its `prompt`. A message has a `role` and a `content`, or "
+            "what the chat template takes in its place, such as `tool_calls`."
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model, send_to_device
+from accelerate.utils import gather_object, is_peft_model, send_to_device
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 from .._arguments import resolve_args
 from .._cache import write_tensors, written_beside
 from .._reference import copy_adapter_as_reference, copy_as_reference, starts_as_identity
-from .._resume import SetEpochCallback, WholeCheckpointsMixin, same_dtypes
+from .._resume import SetEpochCallback, WholeCheckpointsMixin
 from .._trl import (
     add_fused_lm_head,
     disable_gradient_checkpointing,
@@ -460,7 +460,7 @@ class _ActorCriticTrainer(WholeCheckpointsMixin, GRPOTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # which brings the value head along
             return
         # The value head has a file of its own
-        with self._without_value_head(), same_dtypes(self.model):
+        with self._without_value_head():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_value_head(resume_from_checkpoint)
 
@@ -471,13 +471,13 @@ class _ActorCriticTrainer(WholeCheckpointsMixin, GRPOTrainer):
 
     def _load_rollouts(self, checkpoint: str) -> None:
         path = Path(checkpoint, f"rollouts_{self.accelerator.process_index}.pt")
-        if path.exists():
-            rollouts = torch.load(path, map_location="cpu", weights_only=True)
-            if rollouts["key"] == self._rollouts_key:
-                self._step = rollouts["step"]
-                self._buffered_inputs = send_to_device(rollouts["batches"], self.accelerator.device)
-            else:
-                logger.warning("The checkpoint's rollouts are of a run with other batches: they are made anew.")
+        rollouts = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        # Generating takes all processes, so that none may go on with what it has while another one has nothing
+        if all(gather_object([rollouts.get("key") == self._rollouts_key])):
+            self._step = rollouts["step"]
+            self._buffered_inputs = send_to_device(rollouts["batches"], self.accelerator.device)
+        elif rollouts:
+            logger.warning("The checkpoint's rollouts are of a run with other batches: they are made anew.")
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # which keep the head with the policy
