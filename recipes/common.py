@@ -302,6 +302,11 @@ class Setup:
         model, steps = self.model, self.recipe.reference_sft_steps
         if isinstance(model, str) and not steps:
             return
+        folder = f"{self.args.output_dir}/reference"
+        if self.args.resume_from_checkpoint and Path(folder).is_dir():
+            announce("The reference policy: the one that the run has begun with")
+            self.model = folder
+            return
         if steps and not isinstance(model, str):  # an adapter that is loaded again needs the name of its base
             self.model = f"{self.args.output_dir}/untrained"
             self._save(model, self.model)
@@ -317,7 +322,7 @@ class Setup:
                 **overrides,
             )
             model = model.merge_and_unload() if is_peft_model(model) else model
-        self.model = f"{self.args.output_dir}/reference"
+        self.model = folder
         self._save(model, self.model)
 
     def _save(self, model: PreTrainedModel, folder: str) -> None:

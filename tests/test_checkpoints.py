@@ -38,7 +38,7 @@ def test_a_checkpoint_tells_what_is_in_it_and_who_wrote_it(build, tmp_path):
         content = json.loads((folder / "trl_lol.json").read_text())
         found = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
         del found["trl_lol.json"]
-        assert content == {"trl_lol": __version__, "files": found}
+        assert content == {"trl_lol": __version__, "num_processes": 1, "files": found}
         assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"} <= found.keys()
 
 
@@ -80,16 +80,19 @@ def test_what_is_not_whole_is_refused(build_trainer, groups, tmp_path, resume):
 
 def test_no_checkpoint_at_all(build_trainer, groups, tmp_path):
     trainer = build_trainer(CoPGTrainer, train_dataset=groups)
-    with pytest.raises(ValueError, match=f"There is no checkpoint in {tmp_path}"):
+    with pytest.raises(ValueError, match=f"There is no checkpoint in {tmp_path} to resume from"):
         trainer.train(resume_from_checkpoint=True)
 
 
-def test_another_version_is_named(build_trainer, groups, tmp_path, monkeypatch, caplog):
+def test_another_version_or_number_of_processes_is_named(build_trainer, groups, tmp_path, monkeypatch, caplog):
     build_trainer(CoPGTrainer, train_dataset=groups, save_strategy="steps", save_steps=1).train()
     monkeypatch.setattr(_resume, "__version__", "9.9")
+    path = tmp_path / "checkpoint-3" / "trl_lol.json"
+    path.write_text(path.read_text().replace('"num_processes": 1', '"num_processes": 2'))
     with caplog.at_level("WARNING", "trl_lol._resume"):
         build_trainer(CoPGTrainer, train_dataset=groups).train(resume_from_checkpoint=True)
     assert f"was saved by trl_lol {__version__}, and this is 9.9" in caplog.text
+    assert "was saved by 2 processes, and this run has 1" in caplog.text
 
 
 def test_older_checkpoints_stay_until_a_new_one_is_whole(build_trainer, groups, tmp_path, monkeypatch):

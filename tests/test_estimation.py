@@ -130,7 +130,7 @@ def test_what_cannot_be_estimated(groups, tiny_model, tokenizer):
         estimate_advantages(text, model, processing_class=endless)
     with pytest.raises(TypeError, match="reward_weight"):
         estimate_advantages(groups, baseline="none", reward_weight=[1.0])
-    with pytest.raises(ValueError, match="Row 0 has a int, 3, for a prompt"):
+    with pytest.raises(ValueError, match="Row 0 has 3, of type int, for a prompt"):
         estimate_advantages(Dataset.from_list([{"prompt": 3, "completion": "a", "reward": 1.0}]), baseline="none")
 
 

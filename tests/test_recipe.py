@@ -226,6 +226,29 @@ def test_online_on_the_embedded_world(tmp_path, monkeypatch, recipe, policies):
     assert not list((tmp_path / "out").glob("**/checkpoint-*"))
 
 
+def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path, monkeypatch, capsys):
+    """The second time after a kill: its last checkpoint is half-written, and its results are missing."""
+    monkeypatch.setattr(common.toy, "make_model", partial(common.toy.make_model, hidden_size=32))
+    out = tmp_path / "out"
+    options = {
+        "config": ppo_hh.TOY_CONFIG, "output_dir": out, "toy_prompts": 60, "max_test_rows": 3, "compare": "none",
+        "reference_sft_steps": 1, "max_completion_length": 4, "num_answers": 1, "max_steps": 4, "use_cpu": True,
+        "per_device_train_batch_size": 4, "steps_per_generation": 1, "num_iterations": 2, "save_strategy": "steps",
+        "save_steps": 1, "resume_from_checkpoint": "true",
+    }  # fmt: skip
+    run_recipe(monkeypatch, ppo_hh, options)
+    whole = (out / "results.json").read_text()
+    reference = (out / "reference" / "model.safetensors").stat().st_mtime_ns
+    assert "the one that the run has begun with" not in capsys.readouterr().out
+    (out / "results.json").unlink()
+    (out / "checkpoint-4" / "trl_lol.json").unlink()
+    run_recipe(monkeypatch, ppo_hh, options)
+    assert (out / "results.json").read_text() == whole
+    assert "the one that the run has begun with" in capsys.readouterr().out
+    assert (out / "reference" / "model.safetensors").stat().st_mtime_ns == reference
+    assert (out / "checkpoint-4" / "trl_lol.json").exists()
+
+
 @pytest.mark.parametrize("min_roll_in", [0, 2])
 def test_ppo_beside_drpo_is_the_same_without_resets(tmp_path, monkeypatch, min_roll_in):
     """Only what makes it PPO differs in the arguments, and where the results go. DR-PO's completions are reset to
@@ -390,7 +413,7 @@ def test_a_reward_model_is_trained_saved_and_used(
     steps at 1e-2 move the scores. A-LoL then trains on them."""
     trainers = []
 
-    class Recorded(reward_recipe.RewardTrainer):
+    class Recorded(reward_recipe.ResumableRewardTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             trainers.append(self)
@@ -401,7 +424,7 @@ def test_a_reward_model_is_trained_saved_and_used(
     def scores(reward):
         return torch.tensor(reward(scored_pairs["prompt"][:8], scored_pairs["chosen"][:8]))
 
-    monkeypatch.setattr(reward_recipe, "RewardTrainer", Recorded)
+    monkeypatch.setattr(reward_recipe, "ResumableRewardTrainer", Recorded)
     monkeypatch.setattr(common.toy, "make_model", partial(common.toy.make_model, hidden_size=32))
     options = {
         "config": reward_recipe.TOY_CONFIG, "output_dir": tmp_path / "out", "toy_prompts": 20, "max_test_rows": 3,

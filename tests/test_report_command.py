@@ -180,14 +180,12 @@ def test_command_says_what_is_wrong_with_the_data(tmp_path):
         ("broken.jsonl", "JSON parse error"),
         ("empty.jsonl", "it has no rows"),
         ("rows.jsonl", "Row 0 has no reward"),
-        ("numbers.csv", "Row 0 has a int, 1, for a prompt or completion"),
+        ("numbers.csv", "Row 0 has 1, of type int, for a prompt or completion"),
     ):
         with pytest.raises(SystemExit, match=message) as error:
             main([str(tmp_path / name), *NONE, "--output-dir", str(tmp_path / "out")])
         data = str(tmp_path / name)
-        assert str(error.value).startswith(
-            "No advantages: " if message.startswith("Row") else f"{data} cannot be used: "
-        )
+        assert str(error.value).startswith("No advantages: " if name == "rows.jsonl" else f"{data} cannot be used: ")
 
 
 def test_what_stands_in_a_file_is_kept(tmp_path, no_plots, capsys):
@@ -221,3 +219,11 @@ def test_command_without_matplotlib(log, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"There are no pictures\. Install it"):
         main([str(log), *COLUMNS, *NONE, "--output-dir", str(tmp_path / "out")])
     assert (tmp_path / "out" / "scored.jsonl").exists()
+
+
+def test_rows_have_the_numbers_that_they_have_in_the_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a", "completion": None, "reward": 1}, {"prompt": [], "completion": [], "reward": 1}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit, match="Row 1 has a prompt without messages"):
+        main([str(path), *NONE, "--output-dir", str(tmp_path / "out")])

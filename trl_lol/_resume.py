@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from torch import nn
@@ -26,7 +27,8 @@ class WholeCheckpointsMixin(Trainer):
     """
     A trainer that reads whole checkpoints only.
 
-    The last file of a checkpoint, `trl_lol.json`, holds the version of this package and the sizes of all other files.
+    The last file of a checkpoint, `trl_lol.json`, holds the version of this package, the number of processes
+    and the sizes of all other files.
     A run that is killed while it saves leaves a folder without it, which no later run takes for a checkpoint; the
     checkpoints before it are deleted, if at all, only afterwards.
     """
@@ -54,8 +56,10 @@ class WholeCheckpointsMixin(Trainer):
                 # A killed run may have left what is written beside its place
                 files = [path for path in folder.rglob("*") if path.is_file() and ".tmp" not in path.name]
                 sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
+                num_processes = self.accelerator.num_processes
+                content = {"trl_lol": __version__, "num_processes": num_processes, "files": sizes}
                 with written_beside(folder / CHECKPOINT_FILE) as beside:
-                    beside.write_text(json.dumps({"trl_lol": __version__, "files": sizes}, indent=2))
+                    beside.write_text(json.dumps(content, indent=2))
         except Exception as error:
             error.add_note(
                 f"{folder} could not be saved, and is no checkpoint. Those saved before are whole: make room or "
@@ -143,13 +147,20 @@ def whole_checkpoint(resume_from_checkpoint: str | Path | bool, output_dir: str 
     chosen, faults = choice
     if chosen is None:
         raise ValueError(
-            " ".join(faults or [f"There is no checkpoint in {output_dir}."])
-            + " A run that is killed while it saves leaves such folders. Resume from another checkpoint, or start "
-            "anew without `resume_from_checkpoint`."
+            f"{' '.join(faults)} A run that is killed while it saves leaves such folders. Resume from another "
+            "checkpoint, or start anew without `resume_from_checkpoint`."
+            if faults
+            else f"There is no checkpoint in {output_dir} to resume from. Start without `resume_from_checkpoint`."
         )
     for fault in faults:
         logger.warning(f"{fault} Going on from {chosen}.")
-    saved_by = json.loads(Path(chosen, CHECKPOINT_FILE).read_text())["trl_lol"]
+    content = json.loads(Path(chosen, CHECKPOINT_FILE).read_text())
+    saved_by, num_processes = content["trl_lol"], PartialState().num_processes
+    if content.get("num_processes", num_processes) != num_processes:
+        logger.warning(
+            f"{chosen} was saved by {content['num_processes']} processes, and this run has {num_processes}: it goes "
+            "on with other batches than it would have had."
+        )
     if saved_by != __version__:
         logger.warning(
             f"{chosen} was saved by trl_lol {saved_by}, and this is {__version__}: the run goes on, though perhaps "

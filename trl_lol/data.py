@@ -178,8 +178,8 @@ def read_row(row: Mapping[str, Any], index: int) -> Group:
         raise ValueError(f"Row {index} has a null prompt or completion. Give it a text or messages, or drop the row.")
     if odd := [text for text in texts if not isinstance(text, str | list)]:
         raise ValueError(
-            f"Row {index} has a {type(odd[0]).__name__}, {shortened(odd[0])}, for a prompt or completion. Give it a "
-            "text or messages."
+            f"Row {index} has {shortened(odd[0])}, of type {type(odd[0]).__name__}, for a prompt or completion. Give "
+            "it a text or messages."
         )
     if len({isinstance(text, str) for text in texts}) > 1:
         raise ValueError(

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .._cache import written_beside
 from ..advantages import BASELINES
-from ..data import check_columns
+from ..data import check_columns, read_row
 from ..estimation import estimate_advantages
 from ..rewards import ColumnReward, score_dataset
 from . import AdvantageReport
@@ -181,6 +181,10 @@ def drop_empty(dataset: Dataset) -> Dataset:
         print(f"Dropped {len(dataset) - len(kept)} of {len(dataset)} rows, which have no prompt or no completion.")
     if not kept:
         raise ValueError(f"no row has {' and '.join(names)}.")
+    left = set(kept)
+    for index, row in enumerate(dataset):  # now, while rows have the numbers that they have in the file
+        if index in left:
+            read_row(row, index)
     return dataset.select(kept)
 
 
