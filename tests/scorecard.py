@@ -9,7 +9,6 @@ import itertools
 import math
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -27,10 +26,15 @@ from conftest import LORA, cpu_args
 from conftest import distance as weight_distance
 from conftest import weights as trained_weights
 from datasets import Dataset
-from distributed.worker import first_word, look_up, share_of_early_tokens
 from torch import Tensor
 from transformers import Trainer
 from trl import GRPOTrainer
+
+
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+
+from worker import look_up, share_of_early_tokens
+from worlds import launch, short_rows
 
 from trl_lol import (
     ALoLTrainer,
@@ -115,16 +119,9 @@ def dataset_for(trainer_class: type[Trainer]) -> Dataset:
     if issubclass(trainer_class, GRPOTrainer):
         rows = dialogues().take(16).map(lambda row: {"reference": row["completions"][0]})
         return rows.select_columns(["prompt", "reference"])
-    if trainer_class is CoPGTrainer:
-        rows = dialogues().map(
-            lambda row, i: {"completions": [first_word(completion) for completion in row["completions"][: 2 + i % 3]]},
-            with_indices=True,
-            remove_columns="qualities",
-        )
-        return score_dataset(rows, weighted_sum([toy.oracle_reward], [0.1]))
-    pairs = toy.preference_pairs(dialogues())
-    pairs = pairs.map(lambda row: {name: first_word(row[name]) for name in ("chosen", "rejected")})
-    return score_dataset(pairs, weighted_sum([toy.oracle_reward], [0.01]))
+    pairs, groups = short_rows(dialogues())
+    rows, scale = (groups, 0.1) if trainer_class is CoPGTrainer else (pairs, 0.01)
+    return score_dataset(rows, weighted_sum([toy.oracle_reward], [scale]))
 
 
 @dataclass
@@ -301,23 +298,17 @@ LIMITS = {
 # ---- Ranks ----
 
 
-def launch(num_ranks: int) -> dict[str, dict[str, dict[str, Run]]]:
+def world_of(num_ranks: int) -> dict[str, dict[str, dict[str, Run]]]:
     """Every method and policy on a number of ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-        done = subprocess.run(
-            [*torchrun, __file__, str(num_ranks), folder], env=env, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        written = torch.load(Path(folder, "runs.pt"), weights_only=True)
+        written = launch(Path(__file__), num_ranks, Path(folder))
     return {
         name: {policy: {run: Run(**fields) for run, fields in runs.items()} for policy, runs in policies.items()}
         for name, policies in written.items()
     }
 
 
-one_rank_world, two_rank_world = (functools.cache(functools.partial(launch, n)) for n in (1, 2))
+one_rank_world, two_rank_world = (functools.cache(functools.partial(world_of, n)) for n in (1, 2))
 
 
 def work(num_ranks: int, folder: Path) -> None:
@@ -335,7 +326,7 @@ def work(num_ranks: int, folder: Path) -> None:
             }
             runs.setdefault(name, {})[policy] = {run: vars(result) for run, result in found.items()}
     if state.is_main_process:
-        torch.save(runs, folder / "runs.pt")
+        torch.save(runs, folder / "results.pt")
     state.destroy_process_group()
 
 

@@ -15,7 +15,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import Trainer
 from trl import GRPOTrainer
-from worker import GLOBAL_BATCH, first_word, look_up, share_of_early_tokens
+from worker import GLOBAL_BATCH, look_up, share_of_early_tokens
+from worlds import short_rows
 
 from trl_lol import (
     ALoLTrainer,
@@ -61,13 +62,7 @@ def main(engine: str, folder: Path) -> None:
     assert state.num_processes == (1 if engine == "one" else 2)
     dialogues = toy.make_dialogues(num_prompts=31)
     tokenizer = toy.make_tokenizer(dialogues)
-    # Short completions and small rewards, as in worker.py: losses whose rounding is below 1e-6
-    pairs = toy.preference_pairs(dialogues).map(lambda row: {n: first_word(row[n]) for n in ("chosen", "rejected")})
-    groups = dialogues.map(
-        lambda row, i: {"completions": [first_word(completion) for completion in row["completions"][: 2 + i % 3]]},
-        with_indices=True,
-        remove_columns="qualities",
-    )
+    pairs, groups = short_rows(dialogues)
     prompts = dialogues.select_columns("prompt")
     references = prompts.add_column("reference", [completions[0] for completions in dialogues["completions"]])
     online = {"num_iterations": 3, "max_completion_length": 8, "value_learning_rate": 0.3}

@@ -12,7 +12,8 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, Trainer
 from trl import GRPOTrainer
-from worker import GLOBAL_BATCH, first_word, look_up, share_of_early_tokens
+from worker import GLOBAL_BATCH, look_up, share_of_early_tokens
+from worlds import short_rows
 
 from trl_lol import (
     ALoLTrainer,
@@ -31,12 +32,7 @@ def collect(folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     dialogues = toy.make_dialogues(num_prompts=31)
     tokenizer = toy.make_tokenizer(dialogues)
-    pairs = toy.preference_pairs(dialogues).map(lambda row: {n: first_word(row[n]) for n in ("chosen", "rejected")})
-    groups = dialogues.map(
-        lambda row, i: {"completions": [first_word(completion) for completion in row["completions"][: 2 + i % 3]]},
-        with_indices=True,
-        remove_columns="qualities",
-    )
+    pairs, groups = short_rows(dialogues)
 
     def oracle(scale: float) -> Callable:
         return weighted_sum([toy.oracle_reward], [scale])

@@ -1,13 +1,11 @@
 """Scores, values, advantages, draws and groups are the same on 1, 2 and 4 ranks."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from sharing import collect
+from worlds import launch
 
 
 WORKER = Path(__file__).parent / "sharing.py"
@@ -19,14 +17,7 @@ def worlds(tmp_path_factory):
     """What the worker finds on each number of ranks; a single one is this process."""
     results = {1: collect(tmp_path_factory.mktemp("ranks1"))}
     for size in SIZES[1:]:
-        folder = tmp_path_factory.mktemp(f"ranks{size}")
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [*launch, str(WORKER), str(size), str(folder)], env=env, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        results[size] = torch.load(folder / "results.pt", weights_only=True)
+        results[size] = launch(WORKER, size, tmp_path_factory.mktemp(f"ranks{size}"))
     return results
 
 

@@ -1,12 +1,9 @@
 """Two ranks give what one gives. Each world is launched once, by torchrun, and the tests compare what it wrote."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
+from worlds import launch
 
 
 WORKER = Path(__file__).parent / "worker.py"
@@ -17,14 +14,7 @@ def worlds(tmp_path_factory):
     """What the worker wrote on one rank and on two."""
     results = {}
     for size in (1, 2):
-        folder = tmp_path_factory.mktemp(f"ranks{size}")
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [*launch, str(WORKER), str(size), str(folder)], env=env, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        results[size] = torch.load(folder / "results.pt", weights_only=True)
+        results[size] = launch(WORKER, size, tmp_path_factory.mktemp(f"ranks{size}"))
     return results
 
 

@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
 from trl import GRPOTrainer
+from worlds import short_rows
 
 from trl_lol import (
     ALoLTrainer,
@@ -46,10 +47,6 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-def first_word(completion: list[dict]) -> list[dict]:
-    return [{**completion[0], "content": " ".join(completion[0]["content"].split()[:1])}]
-
-
 def main(expected_world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     gc.collect()
@@ -58,15 +55,7 @@ def main(expected_world_size: int, folder: Path) -> None:
     assert state.num_processes == expected_world_size
     dialogues = toy.make_dialogues(num_prompts=31)
     tokenizer = toy.make_tokenizer(dialogues)
-    # In memory on every rank: DPOTrainer's own cache of reference log-probabilities fails on such a dataset. The
-    # completions are short and the rewards small: losses below one, from sums of a few tokens, so that 1e-6 is above
-    # the rounding of float32.
-    pairs = toy.preference_pairs(dialogues).map(lambda row: {n: first_word(row[n]) for n in ("chosen", "rejected")})
-    groups = dialogues.map(
-        lambda row, i: {"completions": [first_word(completion) for completion in row["completions"][: 2 + i % 3]]},
-        with_indices=True,
-        remove_columns="qualities",
-    )
+    pairs, groups = short_rows(dialogues)
     value_settings = {"value_num_train_epochs": 2, "value_max_prompts": 20}
     results = {
         "alol": train_all(ALoLTrainer, pairs, 0.01, tokenizer, state, folder / "alol", value_settings),
