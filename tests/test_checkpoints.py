@@ -219,3 +219,17 @@ def test_adapters_keep_their_type(build_trainer, groups, tiny_model, tmp_path, l
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.bfloat16}
     getattr(Trainer, load)(trainer, *arguments)  # Control
     assert torch.float32 in {parameter.dtype for parameter in trainer.model.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [(None, 1, [1, 2, 3, 4]), (0, 1, [1, 2, 3, 4]), (1, None, [4]), (1, 2, [2, 4]), (2, 2, [2, 4]), (2, None, [3, 4]),
+     (3, 1, [1, 3, 4]), (2, 9, [3, 4])],
+)  # fmt: skip
+def test_what_is_deleted(tmp_path, limit, best, left):
+    """The oldest beyond the limit, but neither the newest nor the best, which may be in another folder."""
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trl_lol.json").write_text('{"trl_lol": "", "files": {}}')
+    _resume._rotate(str(tmp_path), limit, {tmp_path / "checkpoint-4", tmp_path / f"checkpoint-{best or 4}"})
+    assert sorted(int(path.name.split("-")[1]) for path in tmp_path.iterdir()) == left

@@ -101,9 +101,11 @@ def _rotate(run_dir: str, limit: int | None, kept: set[Path]) -> None:
     """
     if limit is None or limit <= 0:
         return
-    others = [Path(path) for path in sort_checkpoints(run_dir, use_mtime=True) if Path(path) not in kept]
+    checkpoints = [Path(path) for path in sort_checkpoints(run_dir, use_mtime=True)]
+    others = [path for path in checkpoints if path not in kept]
     others.sort(key=lambda path: _fault(path) is None)
-    for path in others[: len(others) - max(limit - len(kept), 0)]:
+    room = limit - (len(checkpoints) - len(others))
+    for path in others[: len(others) - max(room, 0)]:
         shutil.rmtree(path, ignore_errors=True)
 
 
