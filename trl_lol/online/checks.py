@@ -1,6 +1,6 @@
 """What the online trainers say about data, rewards and reward functions that will not do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from reprlib import repr as shortened
 from typing import Any
@@ -95,7 +95,7 @@ def check_prompt(prompt: Any, where: str) -> None:
     """Check that a prompt is one, before TRL's tokenising would stumble over it. `where` begins the error."""
     if isinstance(prompt, str):
         return
-    if not isinstance(prompt, list) or not prompt:
+    if not isinstance(prompt, list) or not prompt or not all(isinstance(message, Mapping) for message in prompt):
         raise ValueError(
             f"{where} has the `prompt` {shortened(prompt)}. Pass text, or a list of messages with `role` and "
             "`content`: the trainer tokenises it."
