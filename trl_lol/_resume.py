@@ -27,10 +27,9 @@ class WholeCheckpointsMixin(Trainer):
     """
     A trainer that reads whole checkpoints only.
 
-    The last file of a checkpoint, `trl_lol.json`, holds the version of this package, the number of processes
-    and the sizes of all other files.
-    A run that is killed while it saves leaves a folder without it, which no later run takes for a checkpoint; the
-    checkpoints before it are deleted, if at all, only afterwards.
+    The last file of a checkpoint, `trl_lol.json`, holds the version of this package, the number of processes and the
+    sizes of all other files. A run that is killed while it saves leaves a folder without it, which no later run takes
+    for a checkpoint; the checkpoints before it are deleted, if at all, only afterwards.
     """
 
     _later: dict[str, Any] = {}  # noqa: RUF012
@@ -53,8 +52,7 @@ class WholeCheckpointsMixin(Trainer):
                 super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if args.should_save:
-                # A killed run may have left what is written beside its place
-                files = [path for path in folder.rglob("*") if path.is_file() and ".tmp" not in path.name]
+                files = [path for path in folder.rglob("*") if path.is_file()]
                 sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
                 num_processes = self.accelerator.num_processes
                 content = {"trl_lol": __version__, "num_processes": num_processes, "files": sizes}
