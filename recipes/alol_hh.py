@@ -27,6 +27,7 @@ from common import (
     SharedArguments,
     announce,
     as_completions,
+    leave,
     limit,
     load_splits,
     load_toy,
@@ -155,3 +156,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

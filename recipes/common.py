@@ -1,5 +1,6 @@
 """What the recipes share: data, the methods to compare with, judging, and results on disk."""
 
+import gc
 import json
 import os
 import sys
@@ -177,6 +178,16 @@ def parse(recipe_class: type, config_class: type, toy_config: Path) -> tuple[Any
 def announce(what: str) -> None:
     if PartialState().is_main_process:
         print(f"\n== {what} ==", flush=True)
+
+
+def leave() -> None:
+    """
+    Take the group of processes down, once nothing of `main` holds it any more. gloo now and then aborts a process that
+    ends while it stands, after all is done.
+    """
+    gc.collect()
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
 
 
 # ---- Data ----

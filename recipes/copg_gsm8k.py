@@ -34,6 +34,7 @@ from common import (
     SharedArguments,
     announce,
     as_completions,
+    leave,
     limit,
     load_splits,
     load_toy,
@@ -297,3 +298,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

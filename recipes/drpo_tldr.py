@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import alol_hh
-from common import OnlineArguments, run_online
+from common import OnlineArguments, leave, run_online
 from datasets import DatasetDict
 from trl import extract_prompt
 
@@ -63,3 +63,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -20,7 +20,7 @@ another one, which nothing is trained on. Preferences will do: their prompts are
 from pathlib import Path
 
 from alol_hh import load_rows
-from common import run_online
+from common import leave, run_online
 
 from trl_lol import PPOConfig, PPOTrainer
 
@@ -34,3 +34,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -30,6 +30,7 @@ from common import (
     Setup,
     announce,
     as_completions,
+    leave,
     load_toy,
     parse,
     take_engine,
@@ -163,3 +164,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()
