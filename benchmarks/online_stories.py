@@ -50,7 +50,7 @@ import torch
 from copg_stories import MAX_NEW_TOKENS, NUM_JUDGED, TEMPLATE, openings, plt, sentiment
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl_ppo_stories import RunMeter
+from trl_ppo import RunMeter, train_old_ppo
 
 from trl_lol.evaluation import evaluate_policy
 from trl_lol.generation import generate_completions
@@ -222,22 +222,32 @@ def judge(policy: str | Path, args: argparse.Namespace, num_generations: int) ->
     )
 
 
+def run_here(full: dict[str, Any], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    if full["method"] in WITH_REFERENCES:
+        full["references"] = references(full["seed"], args)
+    (folder / "spec.json").write_text(json.dumps(full))
+    with open(folder / "log.txt", "w") as log:
+        command = [sys.executable, HERE / "online_stories.py", "train", "--spec", folder / "spec.json"]
+        threads = {"OMP_NUM_THREADS": str(args.threads)}
+        done = subprocess.run(command, env={**os.environ, **threads}, stdout=log, stderr=log)
+    if done.returncode:
+        raise RuntimeError(f"{full['method']} failed:\n{(folder / 'log.txt').read_text()[-4000:]}")
+    return json.loads((folder / "measured.json").read_text())
+
+
 def run(spec: dict[str, Any], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    python, script = Path(sys.executable), [HERE / "online_stories.py", "train", "--spec"]
-    if spec["method"] == BASELINE:
-        python, script = environment(args.environment or args.work_dir / "trl_1.12"), [HERE / "trl_ppo_stories.py"]
     full = {**spec, "model": args.model, "folder": str(folder), "prompts": openings()["train"]}
-    if spec["method"] in WITH_REFERENCES:
-        full["references"] = references(spec["seed"], args)
-    (folder / "spec.json").write_text(json.dumps(full))
-    with open(folder / "log.txt", "w") as log:
-        command, threads = [python, *script, folder / "spec.json"], {"OMP_NUM_THREADS": str(args.threads)}
-        done = subprocess.run(command, env={**os.environ, **threads}, stdout=log, stderr=log)
-    if done.returncode:
-        raise RuntimeError(f"{spec['method']} failed:\n{(folder / 'log.txt').read_text()[-4000:]}")
-    result = {**spec, **json.loads((folder / "measured.json").read_text())}
+    if spec["method"] == BASELINE:
+        prompt_ids = AutoTokenizer.from_pretrained(args.model)(full["prompts"])["input_ids"]
+        full |= {"prompt_ids": prompt_ids, "reward": "benchmarks.trl_ppo:sentiment"}
+        python = environment(args.environment or args.work_dir / "trl_1.12")
+        measured = train_old_ppo(python, full, folder, args.threads)
+        del measured["policies"]
+    else:
+        measured = run_here(full, folder, args)
+    result = {**spec, **measured}
     result["samples_per_second"] = spec["num_completions"] / result["train_seconds"]
     if args.no_judge:
         return result

@@ -23,7 +23,7 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 PACKAGES = {name for name, path in MODULES.items() if path.name == "__init__.py"}
-OLD_TRL = ROOT / "benchmarks" / "trl_ppo_stories.py"  # runs with TRL 1.12, in an environment of its own
+OLD_TRL = ROOT / "benchmarks" / "trl_ppo.py"  # runs with TRL 1.12, in an environment of its own
 EVERYWHERE = [
     path
     for folder in ("trl_lol", "recipes", "benchmarks", "tests")

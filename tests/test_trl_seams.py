@@ -59,10 +59,13 @@ BORROWED = {
     "add_fused_lm_head": "(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=('log_probs',))",
     "chunked_logprob": ["_addmm_fp32", "_backward_tile", "_forward_tile"],
     "common_prefix_length": "(ids, other_ids)",
+    "compute_flops_per_token": "(config, seq_len)",
+    "compute_mfu": "(flops_per_token, tokens_per_second, world_size, peak_flops_per_device)",
     "disable_gradient_checkpointing": "(model, gradient_checkpointing_kwargs=None)",
     "get_callable_name": "(func)",
     "get_config_model_id": "(config)",
     "get_dataset_column_names": "(dataset)",
+    "get_peak_flops": "(device_name, dtype)",
     "global_then_local_main_first": "()",
     "hash_module": "(module)",
     "is_async_callable": "(func)",
@@ -139,6 +142,20 @@ def test_borrowed_functions_do_what_they_are_relied_on_for(tiny_model, scored_pa
 
     with _trl.global_then_local_main_first():
         pass  # a context manager without arguments, also outside a distributed run
+
+
+def test_mfu(tiny_model):
+    """
+    300 tokens/s of 2e9 operations each are 6e11 of 3e12 operations/s, 20 %. A token takes 6 operations per weight of a
+    linear layer, the tied head being one, beside those of attention, which grow with the sequence.
+    """
+    assert _trl.compute_mfu(2_000_000_000, 300.0, 1, 3e12) == pytest.approx(20), "`compute_mfu` is in percent"
+    model = tiny_model()
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    flops = [_trl.compute_flops_per_token(model.config, n) for n in (0, 8, 16)]
+    assert flops[0] == 6 * weights and flops[2] - flops[1] == flops[1] - flops[0] > 0, "`compute_flops_per_token`"
+    known = _trl.get_peak_flops("NVIDIA H200", "bfloat16")
+    assert known == 989e12 and _trl.get_peak_flops("an unknown one", "bfloat16") is None, "`get_peak_flops`"
 
 
 def test_start_event_loop():

@@ -23,8 +23,11 @@ from trl.models.utils import (
 from trl.trainer.utils import (
     FusedCausalLMOutput,  # what a model with a fused LM head returns: the base of ours with values
     add_fused_lm_head,  # log-probabilities without logits, for a reference model of our own
+    compute_flops_per_token,  # of forward and backward, for the MFU in benchmarks/speed.py
+    compute_mfu,  # in percent
     get_callable_name,  # a reward function's name in logs and errors
     get_config_model_id,  # `_name_or_path` across config types
+    get_peak_flops,  # of a GPU by its name, None if TRL does not know it
     global_then_local_main_first,  # dataset caches are written once, then read
     hash_module,  # content hash of the reference weights, keys the caches
     is_async_callable,  # coroutine functions, partials and callable classes
@@ -39,10 +42,13 @@ __all__ = [
     "add_fused_lm_head",
     "chunked_logprob",
     "common_prefix_length",
+    "compute_flops_per_token",
+    "compute_mfu",
     "disable_gradient_checkpointing",
     "get_callable_name",
     "get_config_model_id",
     "get_dataset_column_names",
+    "get_peak_flops",
     "global_then_local_main_first",
     "hash_module",
     "is_async_callable",

@@ -97,9 +97,9 @@ def evaluate_policy(
 
     Returns:
         `dict[str, Any]`: Means over the completions: `reward` and its standard deviation `reward_std` (NaN if none is
-        scored), `kl` (ln π − ln π_ref, in nats per completion) if there is a reference, `length` in tokens, EOS
-        included, and `distinct_1` to `distinct_3`. `samples` holds `prompt`, `completion`, `reward`, `kl` and
-        `length` of each completion.
+        scored), `kl` (ln π − ln π_ref, in nats per completion) and `entropy` (−ln π, in nats per token) if there is a
+        reference, `length` in tokens, EOS included, and `distinct_1` to `distinct_3`. `samples` holds `prompt`,
+        `completion`, `reward`, `kl`, `logp` and `length` of each completion.
 
     Raises:
         `ValueError`: If there are no prompts.
@@ -131,14 +131,16 @@ def evaluate_policy(
             **{name: [column[row] for row in rows] for name, column in columns.items()},
         )
         kls: list[float | None] = [None] * len(rows)
+        logps: list[float | None] = [None] * len(rows)
         sequences = (prompt_ids, completion_ids, batch_size)
         with reference_policy(model, ref_model) as reference:
             ref_logps = None if reference is None else completion_logps(reference, *sequences)
         if ref_logps is not None:
-            kls = (completion_logps(model, *sequences) - ref_logps).tolist()
+            policy_logps = completion_logps(model, *sequences)
+            logps, kls = policy_logps.tolist(), (policy_logps - ref_logps).tolist()
         lengths = [len(ids) for ids in completion_ids]
-    fields = ("prompt", "completion", "reward", "kl", "length")
-    values = zip(prompts, completions, rewards, kls, lengths, strict=True)
+    fields = ("prompt", "completion", "reward", "kl", "logp", "length")
+    values = zip(prompts, completions, rewards, kls, logps, lengths, strict=True)
     done = gather_object(
         [(task, dict(zip(fields, v, strict=True))) for (task, _), v in zip(mine, values, strict=True)]
     )
@@ -163,6 +165,7 @@ def _summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
     metrics = {"reward": mean.item(), "reward_std": (rewards - mean).square().mean().sqrt().item()}
     if samples[0]["kl"] is not None:
         metrics["kl"] = sum(s["kl"] for s in samples) / len(samples)
+        metrics["entropy"] = -sum(s["logp"] for s in samples) / sum(s["length"] for s in samples)
     metrics["length"] = sum(s["length"] for s in samples) / len(samples)
     return {**metrics, **{f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)}, "samples": samples}
 

@@ -1,0 +1,329 @@
+"""One method on one task with one seed: trained, judged, and written down."""
+
+import importlib
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import disable_progress_bars
+from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import logging as transformers_logging
+
+from .methods import METHODS, Method
+from .task import Task, load_task
+
+
+NUM_POINTS = 4  # of a learning curve, the last one being the end
+# Where the trainers find their losses: what `sabotage` turns around
+LOSSES = {
+    "trl_lol.offline.alol_trainer": ["alol_loss"],
+    "trl_lol.offline.copg_trainer": ["copg_loss"],
+    "trl_lol.online.apa_trainer": ["apa_loss", "awr_loss"],
+    "trl_lol.online.ppo_trainer": ["ppo_policy_loss"],
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    What is to be run, and what its result depends on.
+
+    Args:
+        task, method (`str`):
+            Name of the task, or path of its file, and name of the method.
+        settings (`dict[str, float]`):
+            Fields of the config, one of the task's grid.
+        seed (`int`):
+            Seed of the logged data and of the training.
+        work_dir (`str`):
+            Where the tasks keep what they make.
+        overrides (`dict[str, Any]`):
+            Attributes of the task to set.
+        sabotage (`bool`, *optional*, defaults to `False`):
+            Whether the losses' sign is turned, to see that this is noticed.
+        old_ppo (`str`, *optional*):
+            Python of an environment with TRL 1.12.
+    """
+
+    task: str
+    method: str
+    settings: Mapping[str, float]
+    seed: int
+    work_dir: str
+    overrides: Mapping[str, Any]
+    sabotage: bool = False
+    old_ppo: str | None = None
+
+    @property
+    def name(self) -> str:
+        """File name of the result."""
+        settings = [f"{name}={value:g}" for name, value in self.settings.items()]
+        return "-".join([self.method.replace(" ", "_"), *settings, str(self.seed)])
+
+    def load_task(self) -> Task:
+        task = load_task(self.task, Path(self.work_dir))
+        for name, value in self.overrides.items():
+            if not hasattr(task, name):
+                raise ValueError(f"Task {self.task!r} has no attribute {name!r} to set.")
+            setattr(task, name, value)
+        return task
+
+
+class Meter(TrainerCallback):
+    """
+    Measures what a run takes, without what it takes to judge the policy along the way. Make it after the imports and
+    before the models.
+
+    Args:
+        judge (`Callable[[], dict[str, float]]`):
+            Judges the policy as it is.
+        points (`dict[int, int]`):
+            Optimizer step after which to judge: completions seen by then.
+    """
+
+    def __init__(self, judge: Callable[[], dict[str, float]], points: Mapping[int, int]) -> None:
+        self.judge, self.points = judge, points
+        self.curve: list[dict[str, float]] = []
+        self.peak_memory: float | None = None
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # else the imports' own peak would count
+        self.base_memory = _memory("VmRSS")
+        self.wall, self.cpu = -time.perf_counter(), -time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.points:
+            self.stop()
+            self.curve.append({"completions": self.points[state.global_step], **self.judge()})
+            self.wall -= time.perf_counter()
+            self.cpu -= time.process_time()
+
+    def stop(self) -> None:
+        self.wall += time.perf_counter()
+        self.cpu += time.process_time()
+        if self.peak_memory is None:  # later on what judging took would count
+            if torch.cuda.is_available():
+                self.peak_memory = torch.cuda.max_memory_allocated() / 2**20
+            else:
+                self.peak_memory = (_memory("VmHWM") - self.base_memory) / 1024
+
+    def costs(self) -> dict[str, float]:
+        on_gpu = torch.cuda.is_available()
+        return {
+            "wall_s": self.wall,
+            "cpu_s": self.cpu,
+            "gpu_s": self.wall if on_gpu else 0.0,
+            "peak_memory_mb": self.peak_memory,
+        }
+
+
+def _memory(field: str) -> int:
+    """VmRSS or VmHWM of this process, in kB. `ru_maxrss` would not do: it begins with the parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+class CountingReward:
+    """A reward function that counts what it scores."""
+
+    __name__ = "reward"
+
+    def __init__(self, reward: Callable[..., list[float | None]]) -> None:
+        self.reward = reward
+        self.completions = self.tokens = 0
+
+    def __call__(
+        self, prompts: list, completions: list, completion_ids: Sequence[Sequence[int]] = (), **columns: Any
+    ) -> list[float | None]:
+        self.completions += len(completions)
+        self.tokens += sum(map(len, completion_ids))
+        return self.reward(prompts, completions, **columns)
+
+
+def config_for(method: Method, task: Task, run: Run, group_size: int) -> dict[str, Any]:
+    """The fields of the config that are not its defaults."""
+    shared = {
+        "seed": run.seed,
+        "gradient_checkpointing": False,
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        **method.settings,
+        **run.settings,
+    }
+    if method.is_online:
+        num_batches = task.num_completions // task.generation_batch_size
+        return {
+            "max_steps": num_batches * method.settings.get("num_iterations", 1),
+            "per_device_train_batch_size": task.generation_batch_size,
+            "generation_batch_size": task.generation_batch_size,
+            "max_completion_length": task.max_completion_length,
+            "temperature": 1.0,
+            "lr_scheduler_type": "constant",
+            **shared,
+        }
+    caches_reference = hasattr(method.config_class, "precompute_ref_log_probs")
+    return {
+        "max_steps": task.num_sequences // task.batch_size,
+        "per_device_train_batch_size": max(task.batch_size // (method.completions_per_row or group_size), 1),
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": task.warm_up,
+        **({"precompute_ref_log_probs": True} if caches_reference else {}),
+        **shared,
+    }
+
+
+def quiet() -> None:
+    """Only what is wrong is said: several runs write to one screen."""
+    transformers_logging.set_verbosity_error()
+    disable_progress_bars()
+
+
+def prepare(run: Run, seeds: Sequence[int]) -> None:
+    """Make what the runs on a task share."""
+    quiet()
+    task = run.load_task()
+    for seed in seeds:
+        task.prepare(seed)
+
+
+def judge_reference(run: Run) -> dict[str, Any]:
+    """The record of the policy that everything starts from."""
+    quiet()
+    task = run.load_task()
+    model = task.reference()
+    metrics = {split: judged(task, model, model, split) for split in ("validation", "test")}
+    return {"task": task.name, "method": "reference", "metrics": metrics, "task_info": info(task), **circumstances()}
+
+
+def judged(task: Task, policy: Any, reference: Any, split: str, **kwargs: Any) -> dict[str, Any]:
+    policy.eval()
+    with torch.no_grad():
+        metrics = task.evaluate(policy, reference, split, **kwargs)
+    return metrics | {"score": metrics["reward"] - task.beta * metrics["kl"]}
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """
+    Train a method on a task and judge what comes of it. Best in a process of its own, whose memory and clock are then
+    those of the run.
+
+    Args:
+        run ([`Run`]):
+            What to run.
+
+    Returns:
+        `dict[str, Any]`: The record of the run, see records.py.
+    """
+    quiet()
+    if run.sabotage:
+        _turn_losses()
+    task, method = run.load_task(), METHODS[run.method]
+    groups = task.rows(run.seed)
+    rows = method.rows(task, groups, run.seed)
+    group_size = max(map(len, groups["rewards"]))
+    config = config_for(method, task, run, group_size)
+    reward = CountingReward(task.reward)
+    reference = None if task.peft_config is not None else task.reference()
+
+    def judge(split: str = "validation", brief: bool = True) -> dict[str, float]:
+        was_training = trainer.model.training
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        metrics = judged(task, policy, reference, split, brief=brief)
+        policy.train(was_training)
+        return {name: value for name, value in metrics.items() if not brief or isinstance(value, float)}
+
+    # Completions of an optimizer step
+    if method.is_online:
+        seen = task.generation_batch_size / method.settings.get("num_iterations", 1)
+    else:
+        seen = config["per_device_train_batch_size"] * (method.completions_per_row or group_size)
+    steps = [round(config["max_steps"] * i / NUM_POINTS) for i in range(1, NUM_POINTS)]
+    with tempfile.TemporaryDirectory() as folder:
+        set_seed(run.seed)
+        meter = Meter(judge, {step: round(step * seen) for step in steps})
+        rewards = {"reward_funcs": reward} if method.is_online else {}
+        trainer = method.trainer_class(
+            task.reference(),
+            args=method.config_class(folder, **config),
+            train_dataset=rows,
+            processing_class=task.tokenizer,
+            peft_config=task.peft_config,
+            callbacks=[meter],
+            **rewards,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        meter.stop()
+        metrics = {split: judge(split, brief=False) for split in ("validation", "test")}
+    logs = trainer.state.log_history
+    num_completions = round(config["max_steps"] * seen)
+    last = {"completions": num_completions, **{k: v for k, v in metrics["validation"].items() if k != "samples"}}
+    return {
+        "task": task.name,
+        "method": run.method,
+        "online": method.is_online,
+        "settings": dict(run.settings),
+        "seed": run.seed,
+        "metrics": metrics,
+        "curve": [*meter.curve, last],
+        "counts": {
+            "sequences": round(config["max_steps"] * config["per_device_train_batch_size"] * (
+                1 if method.is_online else method.completions_per_row or group_size
+            )),
+            "tokens": next((log["num_tokens"] for log in reversed(logs) if "num_tokens" in log), None),
+            "generated": reward.completions,
+            "generated_tokens": reward.tokens,
+            "reward_calls": reward.completions if method.is_online else sum(map(len, groups["rewards"])),
+            "rows": len(rows) if method.completions_per_row else sum(map(len, groups["rewards"])),
+            "kept_fraction": next(
+                (log["advantages/kept_fraction"] for log in logs if "advantages/kept_fraction" in log), None
+            ),
+        },
+        "costs": meter.costs(),
+        "config": {"trainer": method.trainer_class.__name__, **config},
+        "task_info": info(task),
+        **circumstances(),
+    }  # fmt: skip
+
+
+def _turn_losses() -> None:
+    for module_name, names in LOSSES.items():
+        module = importlib.import_module(module_name)
+        for name in names:
+            loss = getattr(module, name)
+            setattr(module, name, lambda *args, _loss=loss, **kwargs: -_loss(*args, **kwargs))
+
+
+def info(task: Task) -> dict[str, Any]:
+    """What the tables say of a task."""
+    fields = [
+        "description", "beta", "num_sequences", "batch_size", "num_completions", "generation_batch_size",
+        "max_completion_length", "num_generations", "learning_rates", "betas", "learning_rate", "online_betas",
+        "online_learning_rates",
+    ]  # fmt: skip
+    return {name: getattr(task, name) for name in fields}
+
+
+def circumstances() -> dict[str, Any]:
+    """Versions and the class of the machine."""
+    packages = ("trl-lol", "trl", "transformers", "peft", "accelerate", "datasets", "torch")
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "machine": {
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "processor": platform.machine(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }

@@ -1,0 +1,1 @@
+"""The work that methods are compared on."""
