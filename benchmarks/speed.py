@@ -8,8 +8,8 @@ the process (one thread), on a GPU of wall time between synchronisations. Peak m
 
 - *Offline*, every trainer goes over the same four completions of each prompt: A-LoL and SFT one by one, DPO in pairs,
   CoPG in fours. Log-probabilities of the reference come from the cache, and A-LoL has no baseline to estimate.
-- *Online*, the policy generates a fixed number of tokens (EOS is not sampled), by which a roll-in of DR-PO is filled
-  up to it. Every trainer goes over them as often, and holds a reference.
+- *Online*, the policy generates as many tokens each time (EOS is not sampled; a roll-in of DR-PO counts). Every
+  trainer goes over the same prompts with as many passes, and holds a reference.
 
     python -m benchmarks.speed                                              # embedded world, full training
     python -m benchmarks.speed --model path/to/model --lora --dtype bfloat16 --batch_size 4 --steps 4 --rounds 4
@@ -46,6 +46,7 @@ from .methods import METHODS
 
 OUTPUT = Path(__file__).parent / "results" / "speed"
 KINDS = {"offline": ("SFT on all", "A-LoL", "CoPG", "DPO"), "online": ("GRPO", "RLOO", "PPO", "APA", "DR-PO")}
+COMPARED = [name for names in KINDS.values() for name in names[1:]]
 GROUP = 4  # completions of a prompt
 TIMED = ("_generate_single_turn", "_generate_and_score_completions")  # the second contains the first
 PHASES = ("generation", "scoring", "update")
@@ -226,10 +227,8 @@ def take_turns(names: Sequence[str], setting: Setting) -> dict[str, list[dict[st
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for i in range(-1, setting.rounds):
             for name in names if i % 2 else reversed(names):
-                result = watches[name].round()
-                if i >= 0:  # the first one warms up
-                    rounds[name].append(result)
-    return rounds
+                rounds[name].append(watches[name].round())
+    return {name: results[1:] for name, results in rounds.items()}  # the first one warms up
 
 
 def peak_memory(name: str, setting: Setting) -> float:
@@ -261,7 +260,7 @@ def _apart(function: Callable, *args: Any) -> Any:
 def beside_first(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any]]:
     """Hold methods against the first of them. It is an error if they have not trained on as many tokens."""
     tokens = {name: [turn["tokens"] for turn in turns] for name, turns in rounds.items()}
-    if len({count for counts in tokens.values() for count in counts}) != 1:
+    if len(set().union(*tokens.values())) != 1:
         raise RuntimeError(f"A round is not of the same number of tokens for all methods: {tokens}.")
     first = next(iter(rounds.values()))
     results = {}
@@ -289,15 +288,20 @@ def run_speed(output: Path = OUTPUT, *, methods: Sequence[str] | None = None, **
         output (`Path`, *optional*):
             Folder of the results.
         methods (`Sequence[str]`, *optional*):
-            Methods of `KINDS` to hold against SFT or GRPO. If `None`, all.
+            Methods to hold against SFT or GRPO, names as in `KINDS`. If `None`, all.
         **setting (`Any`):
             Fields of [`Setting`].
 
     Returns:
         `Path`: The file with the result.
+
+    Raises:
+        `ValueError`: If a method is not measured here, or if a field is wrong.
     """
     _settle()
     chosen, kinds = Setting(**setting), {}
+    if methods is not None and not set(methods) <= set(COMPARED):
+        raise ValueError(f"`methods={methods}` must be some of {', '.join(COMPARED)}.")
     for kind, (first, *others) in KINDS.items():
         names = [name for name in others if methods is None or name in methods]
         if names:
@@ -343,9 +347,8 @@ def table(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser(
-        Setting, description=f"{__doc__}\n{Setting.__doc__}", formatter_class=RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--methods", nargs="+", choices=[name for names in KINDS.values() for name in names])
+    description = f"{__doc__}\n{Setting.__doc__}"
+    parser = HfArgumentParser(Setting, description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=COMPARED)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     run_speed(**vars(parser.parse_args()))

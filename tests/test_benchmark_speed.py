@@ -171,12 +171,13 @@ def test_other_tokens_are_refused():
         ({"batch_size": 6}, "`batch_size=6` must be a multiple of 4"),
         ({"steps": 0}, "`steps=0` must be"),
         ({"rounds": 3}, "`rounds=3` must be a multiple of 2"),
+        ({"methods": ["PPO", "KTO"]}, "must be some of A-LoL, CoPG"),
         ({"model": "x", "shape": "Llama-3.1-8B"}, "exclude each other"),
     ],
 )
 def test_bad_settings(fields, message):
     with pytest.raises(ValueError, match=message):
-        Setting(**fields)
+        run_speed(**fields)
 
 
 def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

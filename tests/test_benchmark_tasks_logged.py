@@ -287,3 +287,18 @@ def test_real_tasks_are_left_out_without_their_data(tmp_path, monkeypatch, task_
     monkeypatch.setenv("BENCHMARK_DATA", str(tmp_path))
     assert task.missing is None  # control
     assert METHODS.keys() - task.without == COMPARED and task.num_completions == 0
+
+
+def test_questions_of_gsm8k(tmp_path, monkeypatch, model):
+    """A question ends with a new line. A quarter of 8 training prompts is for validation; the test split is given."""
+    (tmp_path / "gsm8k_groups").mkdir()
+    for split, count in (("train", 8), ("test", 3)):
+        rows = [
+            {"prompt": f"{split} {i}?", "completions": ["A: 1", "A: 2"], "rewards": [1.0, 0.0]} for i in range(count)
+        ]
+        Dataset.from_list(rows).to_json(tmp_path / "gsm8k_groups" / f"{split}.jsonl")
+    monkeypatch.setenv("BENCHMARK_DATA", str(tmp_path))
+    monkeypatch.setenv("BENCHMARK_MODEL", model)
+    task = GSM8K(tmp_path / "work")
+    assert [len(task.splits[split]) for split in task.SPLITS] == [6, 2, 3]
+    assert set(task.splits["test"]["prompt"]) == {"test 0?\n", "test 1?\n", "test 2?\n"}

@@ -54,9 +54,9 @@ class ExactTask(Task):
     rewards: ClassVar[dict[str, float]]
     behaviours: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]]
     num_rows = 2048
-    num_sequences = 19200
+    num_sequences = 9600
     batch_size = 64
-    num_completions = 4800
+    num_completions = 3200
     generation_batch_size = 64
     learning_rates = online_learning_rates = (1e-3, 3e-3)
 

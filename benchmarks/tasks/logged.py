@@ -67,6 +67,8 @@ class LoggedTask(Task):
             logged ones.
         max_length (`int`, *optional*):
             Groups with a longer sequence, in tokens, are left out. If `None`, none is.
+        judging_batch_size (`int`):
+            Sequences per forward, and completions generated at a time, where policies are judged by logged ones.
     """
 
     dataset: str
@@ -115,9 +117,11 @@ class LoggedTask(Task):
 
     def prompts(self, split: str) -> Dataset:
         rows = self.splits[split]
-        keys = [_key(row) for row in rows]
-        first = [index for index, key in enumerate(keys) if key not in keys[:index]]
-        return rows.select(first[: self.num_judged]).remove_columns(["completions", "rewards"])
+        first: dict[str, int] = {}
+        for index, row in enumerate(rows):
+            first.setdefault(_key(row), index)
+        chosen = list(first.values())[: self.num_judged]
+        return rows.select(chosen).remove_columns(["completions", "rewards"])
 
     def prepare(self, seed: int) -> None:
         super().prepare(seed)

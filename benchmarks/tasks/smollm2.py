@@ -69,14 +69,14 @@ class GSM8K(_SmolLM2):
 
     name = "gsm8k"
     description = (
-        "SmolLM2-135M-Instruct with LoRA, 24 grade-school questions with four solutions by other models, rewarded if "
+        "SmolLM2-135M-Instruct with LoRA, 20 grade-school questions with four solutions by other models, rewarded if "
         "right; judged by the share of held-out questions where the solution that its log-ratio ranks first is "
         "right, and by how it orders right and wrong ones."
     )
     folder_of_data = "gsm8k_groups"
     max_length = 160
-    num_groups = 24
-    num_sequences = 96
+    num_groups = 20
+    num_sequences = 80
     num_judged = 24
 
     def load(self) -> DatasetDict:
