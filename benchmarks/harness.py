@@ -312,7 +312,8 @@ def info(task: Task) -> dict[str, Any]:
         "max_completion_length", "num_generations", "learning_rates", "betas", "learning_rate", "online_betas",
         "online_learning_rates",
     ]  # fmt: skip
-    return {name: getattr(task, name) for name in fields}
+    values = {name: getattr(task, name) for name in fields}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def circumstances() -> dict[str, Any]:

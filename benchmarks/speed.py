@@ -1,6 +1,5 @@
 """
-What a step of each trainer costs beside a step of TRL's on the same tokens: offline ones beside SFTTrainer, online
-ones beside GRPOTrainer.
+What a step of each trainer costs beside one of TRL's SFTTrainer, or online of its GRPOTrainer, on the same tokens.
 
 All trainers of a kind train in turn in one process, forth and back, so that a machine that gets slower or faster does
 so for all. A ratio is taken within a round; the result is the median over rounds. On the CPU it is of the CPU time of
@@ -82,7 +81,7 @@ class Setting:
     """
 
     model: str | None = None
-    shape: str | None = field(default=None, metadata={"choices": [None, *SHAPES]})
+    shape: str | None = field(default=None, metadata={"choices": list(SHAPES)})
     lora: bool = False
     dtype: str = "float32"
     prompt_tokens: int | None = None
@@ -155,13 +154,12 @@ def _rows(trainer: str, groups: list[tuple[Any, list]], k: int) -> list[dict[str
 
 
 def _make_policy(setting: Setting, tokenizer: Any, folder: Path) -> torch.nn.Module:
-    dtype = getattr(torch, setting.dtype)
     if setting.shape:
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            return AutoModelForCausalLM.from_config(SHAPES[setting.shape], dtype=dtype)
+            return AutoModelForCausalLM.from_config(SHAPES[setting.shape], dtype=torch.bfloat16)
     if setting.model is None:  # saved, since GRPOTrainer loads its reference from there
         toy.make_model(tokenizer).save_pretrained(folder / "policy")
-    return AutoModelForCausalLM.from_pretrained(setting.model or folder / "policy", dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(setting.model or folder / "policy", dtype=setting.dtype)
 
 
 def _reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
@@ -205,15 +203,14 @@ class Stopwatch:
         update) and `update`; `tokens` trained on, every pass counted; on a GPU `mfu`, in percent, of the updates.
         """
         self.seconds.clear()
-        self.tokens = self.sequences = 0
-        start = clock()
+        self.tokens, self.sequences, start = 0, 0, clock()
         self.trainer.train()
         seconds, tokens = clock() - start, int(self.tokens)
         generation, scored = (self.seconds[name] for name in TIMED)
         phases = {"generation": generation, "scoring": scored - generation, "update": seconds - scored}
         result = {"seconds": seconds, **phases, "tokens": tokens}
-        dtype = "bfloat16" if self.trainer.args.bf16 else "float32"
-        if torch.cuda.is_available() and (peak := get_peak_flops(torch.cuda.get_device_name(), dtype)):
+        in_bf16 = torch.cuda.is_available() and self.trainer.args.bf16  # TRL knows no peak of float32
+        if in_bf16 and (peak := get_peak_flops(torch.cuda.get_device_name(), "bfloat16")):
             flops = compute_flops_per_token(self.trainer.model.config, tokens // self.sequences)
             result["mfu"] = compute_mfu(flops, tokens / result["update"], 1, peak)
         return result
@@ -262,12 +259,11 @@ def beside_first(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[st
     tokens = {name: [turn["tokens"] for turn in turns] for name, turns in rounds.items()}
     if len(set().union(*tokens.values())) != 1:
         raise RuntimeError(f"A round is not of the same number of tokens for all methods: {tokens}.")
-    first = next(iter(rounds.values()))
-    results = {}
+    first, results = next(iter(rounds.values())), {}
+    phases = PHASES if first[0]["generation"] else ()
     for name, turns in rounds.items():
         pairs = list(zip(turns, first, strict=True))
         ratios = [turn["seconds"] / other["seconds"] for turn, other in pairs]
-        phases = PHASES if first[0]["generation"] else ()
         median = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
         results[name] = {
             "ratio": statistics.median(ratios),
@@ -347,8 +343,8 @@ def table(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    description = f"{__doc__}\n{Setting.__doc__}"
-    parser = HfArgumentParser(Setting, description=description, formatter_class=RawDescriptionHelpFormatter)
+    text = __doc__ + Setting.__doc__
+    parser = HfArgumentParser(Setting, description=text, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=COMPARED)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     run_speed(**vars(parser.parse_args()))

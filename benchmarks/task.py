@@ -26,6 +26,8 @@ TASKS = {
     "bandit": "benchmarks.tasks.exact:Bandit",
     "two_steps": "benchmarks.tasks.exact:TwoSteps",
     "stories": "benchmarks.tasks.stories:Stories",
+    "stories_k2": "benchmarks.tasks.stories:StoriesOf2",
+    "stories_k4": "benchmarks.tasks.stories:StoriesOf4",
     "gsm8k": "benchmarks.tasks.smollm2:GSM8K",
     "hh": "benchmarks.tasks.smollm2:HH",
 }

@@ -235,7 +235,10 @@ def test_evaluate_policy(tokenizer):
         policy, tokenizer, repeated, max_new_tokens=6, batch_size=7, seed=3
     )
     assert [sample["completion"] for sample in samples] == completions
-    kl = logps_by_hand(policy, prompt_ids, ids) - logps_by_hand(reference, prompt_ids, ids)
+    logps = logps_by_hand(policy, prompt_ids, ids)
+    kl = logps - logps_by_hand(reference, prompt_ids, ids)
+    assert result["entropy"] == pytest.approx(-logps.sum().item() / sum(map(len, ids)), rel=1e-4)
+    assert [sample["logp"] for sample in samples] == pytest.approx(logps.tolist(), abs=1e-4)
     assert result["kl"] == pytest.approx(kl.mean().item(), rel=1e-4) and abs(result["kl"]) > 0.1
     assert [sample["kl"] for sample in samples] == pytest.approx(kl.tolist(), abs=1e-4)
     assert result["length"] == sum(map(len, ids)) / 20

@@ -32,9 +32,9 @@ class _SmolLM2(LoggedTask):
         layers_to_transform=list(range(15, 30)),
         task_type="CAUSAL_LM",
     )
-    learning_rates = (3e-4, 1e-3)
+    learning_rates = (1e-4, 3e-4)
     betas = (0.1, 1.0)
-    learning_rate = 1e-3
+    learning_rate = 3e-4
     warm_up = 2
     batch_size = 4
     max_completion_length = 32
