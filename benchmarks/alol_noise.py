@@ -2,10 +2,10 @@
 Noisy data: one logged answer per prompt, a good one, which is replaced by a bad one with probability 0, 0.3 or 0.6.
 Does A-LoL's filter make it robust, beside signed advantages, wBC, SFT and DPO?
 
-    python benchmarks/alol_noise.py toy
-    python benchmarks/alol_noise.py stories --model STORIES260K
-    python benchmarks/alol_noise.py hh --model SMOLLM2 --dataset HH_SCORED
-    python benchmarks/alol_noise.py plot
+    python -m benchmarks.alol_noise toy
+    python -m benchmarks.alol_noise stories --model STORIES260K
+    python -m benchmarks.alol_noise hh --model SMOLLM2 --dataset HH_SCORED
+    python -m benchmarks.alol_noise plot
 
 Each method's learning rate is the one of its grid that is best without noise on a seed of its own. A run that has a
 result is not run again. With the same seed a higher noise replaces the same answers and further ones.
@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from copg_stories import MAX_NEW_TOKENS, NUM_JUDGED, TEMPLATE, openings, sample_groups, sentiment
 from datasets import Dataset, concatenate_datasets, load_dataset
 from matplotlib import pyplot as plt
 from peft import LoraConfig
@@ -36,6 +35,9 @@ from trl_lol import ALoLConfig, ALoLTrainer, ColumnReward, score_dataset, sigmoi
 from trl_lol.data import tokenize_row
 from trl_lol.evaluation import evaluate_policy
 from trl_lol.generation import completion_logps
+
+from .copg_stories import MAX_NEW_TOKENS, NUM_JUDGED, sample_groups
+from .tasks.stories import TEMPLATE, openings, sentiment
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))

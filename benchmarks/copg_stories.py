@@ -3,15 +3,14 @@ Reward against KL of offline methods on a small real language model: 8 stories s
 by sentiment (VADER); judged on held-out openings, over each method's β (or, where there is none, learning rate).
 
     pip install vaderSentiment
-    python benchmarks/copg_stories.py run --model STORIES260K --output benchmarks/results/copg_stories
-    python benchmarks/copg_stories.py plot --output benchmarks/results/copg_stories
+    python -m benchmarks.copg_stories run --model STORIES260K --output benchmarks/results/copg_stories
+    python -m benchmarks.copg_stories plot --output benchmarks/results/copg_stories
 
 Every run trains on 120 updates of 32 sequences. What a file of results exists for is not run again.
 """
 
 import argparse
 import json
-import random
 import time
 from collections import defaultdict
 from importlib.metadata import version
@@ -28,6 +27,8 @@ from trl import DPOConfig, DPOTrainer
 from trl_lol import ALoLConfig, ALoLTrainer, CoPGConfig, CoPGTrainer, score_dataset
 from trl_lol.evaluation import evaluate_policy
 from trl_lol.generation import generate_completions
+
+from .tasks.stories import TEMPLATE, openings, sentiment
 
 
 matplotlib.use("Agg")
@@ -49,43 +50,6 @@ METHODS: dict[str, tuple[type, type, dict[str, Any], str, list[float]]] = {
     "SFT on best": (ALoLTrainer, ALoLConfig, {"loss_type": ["nll"]}, "learning_rate", [1e-4, 3e-4, 1e-3]),
 }
 NUM_COMPLETIONS, MAX_NEW_TOKENS, NUM_JUDGED = 8, 48, 16
-# Stories are cut after 48 tokens, so that no EOS belongs behind them: messages are written one after the other
-TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
-
-
-def openings() -> dict[str, list[str]]:
-    """Distinct beginnings of stories, of 4 to 8 words."""
-    names = ("Lily", "Tom", "Ben", "Mia", "Sara", "Max", "Anna", "Tim", "Sue", "Jack")
-    things = ("dog", "cat", "bird", "bear", "car", "tree", "ball", "fish", "frog", "toy")
-    kinds = ("little", "big", "old", "red", "sad", "happy", "funny", "small")
-    places = ("park", "beach", "shop", "forest", "farm", "garden")
-    frames = (
-        "Once upon a time there was a {kind} {thing}",
-        "One day {name} went to the {place}",
-        "{name} had a {kind} {thing}",
-        "{name} and {other} were in the {place}",
-        "There was a {kind} {thing} named {name}",
-        "One day a {kind} {thing} came to {name}",
-        "{name} wanted to see the {kind} {thing}",
-        "The {kind} {thing} and {name} were friends",
-    )
-    rng = random.Random(0)
-    texts: dict[str, None] = {}
-    while len(texts) < 340:
-        name, other = rng.sample(names, 2)
-        slots = {"name": name, "other": other, "kind": rng.choice(kinds), "thing": rng.choice(things)}
-        texts[rng.choice(frames).format(**slots, place=rng.choice(places))] = None
-    shuffled = rng.sample(list(texts), len(texts))
-    return {"train": shuffled[:240], "validation": shuffled[240:280], "test": shuffled[280:]}
-
-
-def sentiment(prompts: list, completions: list, **columns: Any) -> list[float]:
-    """VADER's compound score of the completion, from -1 to 1."""
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    analyzer = SentimentIntensityAnalyzer()
-    texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
-    return [analyzer.polarity_scores(text)["compound"] for text in texts]
 
 
 def sample_groups(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path) -> Dataset:

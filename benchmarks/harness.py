@@ -4,9 +4,7 @@ import importlib
 import os
 import platform
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,14 +12,14 @@ from typing import Any
 
 import torch
 from datasets import disable_progress_bars
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, Trainer, set_seed
 from transformers import logging as transformers_logging
 
+from .meter import Meter
 from .methods import METHODS, Method
 from .task import Task, load_task
 
 
-NUM_POINTS = 4  # of a learning curve, the last one being the end
 # Where the trainers find their losses: what `sabotage` turns around
 LOSSES = {
     "trl_lol.offline.alol_trainer": ["alol_loss"],
@@ -75,59 +73,6 @@ class Run:
                 raise ValueError(f"Task {self.task!r} has no attribute {name!r} to set.")
             setattr(task, name, value)
         return task
-
-
-class Meter(TrainerCallback):
-    """
-    Measures what a run takes, without what it takes to judge the policy along the way. Make it after the imports and
-    before the models.
-
-    Args:
-        judge (`Callable[[], dict[str, float]]`):
-            Judges the policy as it is.
-        points (`dict[int, int]`):
-            Optimizer step after which to judge: completions seen by then.
-    """
-
-    def __init__(self, judge: Callable[[], dict[str, float]], points: Mapping[int, int]) -> None:
-        self.judge, self.points = judge, points
-        self.curve: list[dict[str, float]] = []
-        self.peak_memory: float | None = None
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # else the imports' own peak would count
-        self.base_memory = _memory("VmRSS")
-        self.wall, self.cpu = -time.perf_counter(), -time.process_time()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step in self.points:
-            self.stop()
-            self.curve.append({"completions": self.points[state.global_step], **self.judge()})
-            self.wall -= time.perf_counter()
-            self.cpu -= time.process_time()
-
-    def stop(self) -> None:
-        self.wall += time.perf_counter()
-        self.cpu += time.process_time()
-        if self.peak_memory is None:  # later on what judging took would count
-            if torch.cuda.is_available():
-                self.peak_memory = torch.cuda.max_memory_allocated() / 2**20
-            else:
-                self.peak_memory = (_memory("VmHWM") - self.base_memory) / 1024
-
-    def costs(self) -> dict[str, float]:
-        on_gpu = torch.cuda.is_available()
-        return {
-            "wall_s": self.wall,
-            "cpu_s": self.cpu,
-            "gpu_s": self.wall if on_gpu else 0.0,
-            "peak_memory_mb": self.peak_memory,
-        }
-
-
-def _memory(field: str) -> int:
-    """VmRSS or VmHWM of this process, in kB. `ru_maxrss` would not do: it begins with the parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 class CountingReward:
@@ -236,23 +181,26 @@ def measure(run: Run) -> dict[str, Any]:
     reward = CountingReward(task.reward)
     reference = None if task.peft_config is not None else task.reference()
 
-    def judge(split: str = "validation", brief: bool = True) -> dict[str, float]:
+    def judge(split: str = "validation", brief: bool = True) -> dict[str, Any]:
         was_training = trainer.model.training
         policy = trainer.accelerator.unwrap_model(trainer.model)
         metrics = judged(task, policy, reference, split, brief=brief)
         policy.train(was_training)
-        return {name: value for name, value in metrics.items() if not brief or isinstance(value, float)}
+        return metrics
 
     # Completions of an optimizer step
     if method.is_online:
         seen = task.generation_batch_size / method.settings.get("num_iterations", 1)
     else:
         seen = config["per_device_train_batch_size"] * (method.completions_per_row or group_size)
-    steps = [round(config["max_steps"] * i / NUM_POINTS) for i in range(1, NUM_POINTS)]
-    with tempfile.TemporaryDirectory() as folder:
-        set_seed(run.seed)
-        meter = Meter(judge, {step: round(step * seen) for step in steps})
-        rewards = {"reward_funcs": reward} if method.is_online else {}
+    steps = [round(config["max_steps"] * i / task.num_points) for i in range(1, task.num_points)]
+    curve = []
+    meter = Meter(
+        lambda completions: curve.append(_point(completions, judge())), {step: round(step * seen) for step in steps}
+    )
+
+    def train() -> None:
+        nonlocal trainer
         trainer = method.trainer_class(
             task.reference(),
             args=method.config_class(folder, **config),
@@ -260,15 +208,18 @@ def measure(run: Run) -> dict[str, Any]:
             processing_class=task.tokenizer,
             peft_config=task.peft_config,
             callbacks=[meter],
-            **rewards,
+            **({"reward_funcs": reward} if method.is_online else {}),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        meter.stop()
+
+    trainer: Trainer | None = None
+    with tempfile.TemporaryDirectory() as folder:
+        set_seed(run.seed)
+        costs = meter.measure(train)
         metrics = {split: judge(split, brief=False) for split in ("validation", "test")}
     logs = trainer.state.log_history
-    num_completions = round(config["max_steps"] * seen)
-    last = {"completions": num_completions, **{k: v for k, v in metrics["validation"].items() if k != "samples"}}
+    curve.append(_point(round(config["max_steps"] * seen), metrics["validation"]))
     return {
         "task": task.name,
         "method": run.method,
@@ -276,7 +227,7 @@ def measure(run: Run) -> dict[str, Any]:
         "settings": dict(run.settings),
         "seed": run.seed,
         "metrics": metrics,
-        "curve": [*meter.curve, last],
+        "curve": curve,
         "counts": {
             "sequences": round(config["max_steps"] * config["per_device_train_batch_size"] * (
                 1 if method.is_online else method.completions_per_row or group_size
@@ -285,16 +236,21 @@ def measure(run: Run) -> dict[str, Any]:
             "generated": reward.completions,
             "generated_tokens": reward.tokens,
             "reward_calls": reward.completions if method.is_online else sum(map(len, groups["rewards"])),
-            "rows": len(rows) if method.completions_per_row else sum(map(len, groups["rewards"])),
+            "rows": sum(map(len, rows["completions"])) if "completions" in rows.column_names else len(rows),
             "kept_fraction": next(
                 (log["advantages/kept_fraction"] for log in logs if "advantages/kept_fraction" in log), None
             ),
         },
-        "costs": meter.costs(),
+        "costs": costs,
         "config": {"trainer": method.trainer_class.__name__, **config},
         "task_info": info(task),
         **circumstances(),
     }  # fmt: skip
+
+
+def _point(completions: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """A point of a learning curve: the numbers of an evaluation."""
+    return {"completions": completions, **{name: value for name, value in metrics.items() if isinstance(value, float)}}
 
 
 def _turn_losses() -> None:

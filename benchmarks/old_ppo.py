@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from trl_lol.data import tokenize_row
+from trl_lol.data import tokenize_prompt
 
-from .harness import NUM_POINTS, Run, circumstances, info, judged, quiet
+from .harness import Run, _point, circumstances, info, judged, quiet
 from .trl_ppo import train_old_ppo
 
 
@@ -27,15 +27,13 @@ def measure_old_ppo(run: Run) -> dict[str, Any]:
     quiet()
     task = run.load_task()
     rows = task.rows(run.seed).remove_columns(["completions", "rewards"])
-    prompts, nothing = rows["prompt"], [{"role": "assistant", "content": ""}]
+    prompts = rows["prompt"]
+    points = task.num_points
     num_batches = task.num_completions // task.generation_batch_size
     spec = {
         "model": str(task.reference_folder),
         "prompts": list(prompts),
-        "prompt_ids": [
-            tokenize_row({"prompt": prompt, "completion": nothing}, i, task.tokenizer, None)["prompt_ids"]
-            for i, prompt in enumerate(prompts)
-        ],
+        "prompt_ids": [tokenize_prompt(row["prompt"], row, task.tokenizer) for row in rows],
         "columns": {name: list(rows[name]) for name in rows.column_names if name != "prompt"},
         "reward": task.importable_reward,
         "seed": run.seed,
@@ -43,7 +41,7 @@ def measure_old_ppo(run: Run) -> dict[str, Any]:
         "batch_size": task.generation_batch_size,
         "max_new_tokens": task.max_completion_length,
         "dtype": "float32",
-        "judged_batches": sorted({max(round(num_batches * i / NUM_POINTS), 1) for i in range(1, NUM_POINTS + 1)}),
+        "judged_batches": sorted({max(round(num_batches * i / points), 1) for i in range(1, points + 1)}),
         "arguments": {
             "seed": run.seed,
             "per_device_train_batch_size": task.generation_batch_size,
@@ -63,8 +61,8 @@ def measure_old_ppo(run: Run) -> dict[str, Any]:
         curve = []
         for count, path in measured["policies"].items():
             policy = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
-            points = judged(task, policy, reference, "validation", brief=count < task.num_completions)
-            curve.append({"completions": count, **{k: v for k, v in points.items() if isinstance(v, float)}})
+            point = judged(task, policy, reference, "validation", brief=count < task.num_completions)
+            curve.append(_point(count, point))
         metrics = {split: judged(task, policy, reference, split) for split in ("validation", "test")}
     generated = num_batches * task.generation_batch_size
     versions = circumstances()
@@ -86,12 +84,7 @@ def measure_old_ppo(run: Run) -> dict[str, Any]:
             "rows": len(rows),
             "kept_fraction": None,
         },
-        "costs": {
-            "wall_s": measured["train_seconds"],
-            "cpu_s": measured["train_cpu_seconds"],
-            "gpu_s": measured["train_seconds"] if torch.cuda.is_available() else 0.0,
-            "peak_memory_mb": measured["peak_memory_mb"],
-        },
+        "costs": measured["costs"],
         "config": {"trainer": "PPOTrainer", **spec["arguments"], **spec["settings"]},
         "task_info": info(task),
         **versions,

@@ -4,12 +4,12 @@ trained on; the policy is judged on held-out openings along the way. Every metho
 DR-PO, and SFT on its references, get a good story for each opening beside it: the best of 16 by the same reward.
 
     pip install vaderSentiment
-    python benchmarks/online_stories.py run --model STORIES260K --output benchmarks/results/online_stories
-    python benchmarks/online_stories.py table --output benchmarks/results/online_stories
+    python -m benchmarks.online_stories run --model STORIES260K --output benchmarks/results/online_stories
+    python -m benchmarks.online_stories table --output benchmarks/results/online_stories
 
 and for DR-PO, beside PPO's `reset_prob=0`, with other values of it:
 
-    python benchmarks/online_stories.py run --model STORIES260K --output benchmarks/results/drpo_stories \\
+    python -m benchmarks.online_stories run --model STORIES260K --output benchmarks/results/drpo_stories \\
         --methods "SFT on references" "DR-PO" --set reset_prob=0.5
 
 PPO, APA and AWR are those of this package, RLOO and GRPO those of the installed TRL. "TRL 1.12 PPO" is the trainer
@@ -47,20 +47,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from copg_stories import MAX_NEW_TOKENS, NUM_JUDGED, TEMPLATE, openings, plt, sentiment
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl_ppo import RunMeter, train_old_ppo
 
 from trl_lol.evaluation import evaluate_policy
 from trl_lol.generation import generate_completions
+
+from .copg_stories import MAX_NEW_TOKENS, NUM_JUDGED, plt
+from .meter import Meter
+from .tasks.stories import TEMPLATE, openings, sentiment
+from .trl_ppo import train_old_ppo
 
 
 BASELINE = "TRL 1.12 PPO"
 NUM_SAMPLED = 16  # stories of which the best is an opening's reference
 METRICS = {"reward": 3, "kl": 1, "length": 1, "distinct_2": 3}  # and the digits shown
 BETA = 0.05  # of PPO's and RLOO's objective, reward − β KL, by whose final value the learning rates were picked
-HERE = Path(__file__).parent
 
 OURS = {"num_iterations": 4, "value_learning_rate": 1e-3}  # as many passes for APA as PPO makes by default
 
@@ -188,7 +190,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
         rows = {name: [[{"role": roles[name], "content": text}] for text in rows[name]] for name in roles}
     points = {batches * num_iterations: batches * spec["batch_size"] for batches in spec["judged_batches"]}
     set_seed(spec["seed"])
-    meter = RunMeter(lambda folder: trainer.save_model(str(folder)), Path(spec["folder"]), points)
+    meter = Meter(lambda completions: trainer.save_model(f"{spec['folder']}/{completions}"), points)
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=getattr(torch, spec["dtype"]))
     trainer = trainer_class(
         model,
@@ -198,9 +200,9 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
         callbacks=[meter],
         **reward,
     )
-    measured = meter.measure(trainer.train)
+    costs = meter.measure(trainer.train)
     return {
-        **measured,
+        "costs": costs,
         "updates_per_batch": num_iterations,
         "versions": {name: version(name) for name in ("trl-lol", "trl", "transformers", "torch")},
         "log_history": trainer.state.log_history,
@@ -227,7 +229,7 @@ def run_here(full: dict[str, Any], folder: Path, args: argparse.Namespace) -> di
         full["references"] = references(full["seed"], args)
     (folder / "spec.json").write_text(json.dumps(full))
     with open(folder / "log.txt", "w") as log:
-        command = [sys.executable, HERE / "online_stories.py", "train", "--spec", folder / "spec.json"]
+        command = [sys.executable, "-m", "benchmarks.online_stories", "train", "--spec", folder / "spec.json"]
         threads = {"OMP_NUM_THREADS": str(args.threads)}
         done = subprocess.run(command, env={**os.environ, **threads}, stdout=log, stderr=log)
     if done.returncode:
@@ -247,7 +249,9 @@ def run(spec: dict[str, Any], folder: Path, args: argparse.Namespace) -> dict[st
         del measured["policies"]
     else:
         measured = run_here(full, folder, args)
-    result = {**spec, **measured}
+    costs = measured.pop("costs")
+    times = {"train_seconds": costs["wall_s"], "train_cpu_seconds": costs["cpu_s"]}
+    result = {**spec, **times, "peak_memory_mb": costs["peak_memory_mb"], **measured}
     result["samples_per_second"] = spec["num_completions"] / result["train_seconds"]
     if args.no_judge:
         return result

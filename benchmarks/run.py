@@ -82,8 +82,9 @@ QUICK = [
             "A-LoL": {"learning_rate": 1e-3},
             "CoPG": {"learning_rate": 5e-4, "beta": 0.3},
             "DPO": {"learning_rate": 5e-4, "beta": 0.3},
+            "PPO": {"learning_rate": 3e-4, "beta": 0.3},
         },
-        overrides={"num_prompts": 300, "reference_steps": 250, "num_sequences": 640},
+        overrides={"num_prompts": 300, "reference_steps": 250, "num_sequences": 640, "num_completions": 384},
     ),
 ]
 GROUP_SIZES = ("CoPG", "DPO", "IPO")

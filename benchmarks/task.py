@@ -63,6 +63,8 @@ class Task(ABC):
             Grid of the online methods, which have both.
         num_generations (`int`):
             Completions of a held-out prompt that a policy is judged by.
+        num_points (`int`):
+            Points of a learning curve, the last one being the end.
     """
 
     name: ClassVar[str]
@@ -75,6 +77,7 @@ class Task(ABC):
     generation_batch_size: int = 64
     max_completion_length: int = 48
     num_generations: int = 8
+    num_points: int = 4
     learning_rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     betas: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     learning_rate: float = 1e-4

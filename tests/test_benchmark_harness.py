@@ -97,7 +97,7 @@ def test_a_run_and_its_record(work_dir):
         "sequences": 640, "tokens": pytest.approx(640 * 3, rel=0.5), "generated": 0, "generated_tokens": 0,
         "reward_calls": 128, "rows": 128, "kept_fraction": None,
     }  # fmt: skip
-    assert [point["completions"] for point in record["curve"]] == [128, 320, 448, 640]
+    assert [point["completions"] for point in record["curve"]] == [128, 320, 512, 640]
     regrets = [reference["metrics"]["test"]["regret"], *(point["regret"] for point in record["curve"])]
     assert regrets[0] == pytest.approx(0.2919, abs=1e-4) and regrets[-1] < regrets[0] / 2
     test = record["metrics"]["test"]
