@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from datasets import disable_progress_bars
-from transformers import PrinterCallback, Trainer, set_seed
+from transformers import Trainer, set_seed
 from transformers import logging as transformers_logging
 
 from .meter import Meter
@@ -136,7 +136,6 @@ def quiet() -> None:
 
 def prepare(run: Run, seeds: Sequence[int]) -> None:
     """Make what the runs on a task share."""
-    quiet()
     task = run.load_task()
     for seed in seeds:
         task.prepare(seed)
@@ -144,7 +143,6 @@ def prepare(run: Run, seeds: Sequence[int]) -> None:
 
 def judge_reference(run: Run) -> dict[str, Any]:
     """The record of the policy that everything starts from."""
-    quiet()
     task = run.load_task()
     model = task.reference()
     metrics = {split: judged(task, model, model, split) for split in ("validation", "test")}
@@ -170,7 +168,6 @@ def measure(run: Run) -> dict[str, Any]:
     Returns:
         `dict[str, Any]`: The record of the run, see records.py.
     """
-    quiet()
     if run.sabotage:
         _turn_losses()
     task, method = run.load_task(), METHODS[run.method]
@@ -210,7 +207,6 @@ def measure(run: Run) -> dict[str, Any]:
             callbacks=[meter],
             **({"reward_funcs": reward} if method.is_online else {}),
         )
-        trainer.remove_callback(PrinterCallback)
         trainer.train()
 
     trainer: Trainer | None = None

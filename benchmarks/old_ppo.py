@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_lol.data import tokenize_prompt
 
-from .harness import Run, _point, circumstances, info, judged, quiet
+from .harness import Run, _point, circumstances, info, judged
 from .trl_ppo import train_old_ppo
 
 
@@ -24,7 +24,6 @@ def measure_old_ppo(run: Run) -> dict[str, Any]:
     Returns:
         `dict[str, Any]`: The record of the run.
     """
-    quiet()
     task = run.load_task()
     rows = task.rows(run.seed).remove_columns(["completions", "rewards"])
     prompts = rows["prompt"]

@@ -20,9 +20,10 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,10 @@ QUICK = [
         "dialogues",
         seeds=(0, 1, 2),
         settings={
-            "SFT on best": {"learning_rate": 1e-3},
-            "A-LoL": {"learning_rate": 1e-3},
-            "CoPG": {"learning_rate": 5e-4, "beta": 0.3},
-            "DPO": {"learning_rate": 5e-4, "beta": 0.3},
+            "SFT on best": {"learning_rate": 5e-4},
+            "A-LoL": {"learning_rate": 5e-4},
+            "CoPG": {"learning_rate": 2e-4, "beta": 0.3},
+            "DPO": {"learning_rate": 2e-4, "beta": 0.3},
             "PPO": {"learning_rate": 3e-4, "beta": 0.3},
         },
         overrides={"num_prompts": 300, "reference_steps": 250, "num_sequences": 640, "num_completions": 384},
@@ -123,6 +124,15 @@ class Pool:
                 continue
             print(f"[{done}/{len(futures)}] {name}{_in_short(result)}", flush=True)
             yield name, result
+
+
+def _logged(function: Callable[[Any], Any], run: Any, log: Path) -> Any:
+    """What a process of the pool does: what the run says goes to a file, since several run at once."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    return function(run)
 
 
 def _in_short(record: Mapping[str, Any] | None) -> str:
@@ -192,7 +202,8 @@ def run_plans(
         planned = {path: run for path, run in planned.items() if not path.exists()}
         seeds = sorted({run.seed for run in planned.values()})
         if planned:
-            prepared[pool.executor.submit(prepare, first, seeds)] = f"{task.name}: prepared"
+            log = work_dir / "logs" / task.name / "prepare.txt"
+            prepared[pool.executor.submit(_logged, partial(prepare, seeds=seeds), first, log)] = f"{task.name}: ready"
         if not (folder / "reference.json").exists():
             runs[folder / "reference.json"] = (judge_reference, first)
         runs |= {path: (measure_old_ppo if run.method == OLD_PPO else measure, run) for path, run in planned.items()}
@@ -200,10 +211,15 @@ def run_plans(
         pass
     if pool.errors:
         return pool.errors
-    futures = {pool.executor.submit(function, run): str(path) for path, (function, run) in runs.items()}
-    for path, record in pool.finished(futures):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_record(record, Path(path))
+    futures = {}
+    for path, (function, run) in runs.items():
+        name = path.relative_to(output).with_suffix("")
+        log = work_dir / "logs" / f"{name}.txt"
+        futures[pool.executor.submit(_logged, function, run, log)] = str(name)
+    for name, record in pool.finished(futures):
+        path = output / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_record(record, path)
     pool.executor.shutdown()
     return pool.errors
 

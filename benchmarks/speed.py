@@ -38,8 +38,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 from trl_lol import toy
 from trl_lol._trl import compute_flops_per_token, compute_mfu, get_peak_flops
 
-from .harness import Meter, circumstances, quiet
+from .harness import circumstances, quiet
 from .memory import SHAPES
+from .meter import Meter
 from .methods import METHODS
 
 
@@ -236,10 +237,8 @@ def peak_memory(name: str, setting: Setting) -> float:
     _settle()
     METHODS[name].trainer_class, METHODS[name].config_class  # what they import is not to count
     with tempfile.TemporaryDirectory() as folder:
-        meter = Meter(dict, {})
-        make_trainer(name, replace(setting, steps=PASSES), Path(folder)).train()
-        meter.stop()
-    return meter.costs()["peak_memory_mb"]
+        costs = Meter().measure(lambda: make_trainer(name, replace(setting, steps=PASSES), Path(folder)).train())
+    return costs["peak_memory_mb"]
 
 
 def _settle() -> None:
