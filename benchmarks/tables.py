@@ -35,6 +35,7 @@ class Column(NamedTuple):
     has_interval: bool = False
 
 
+MIN_POINTS = 3  # of a grid, to speak of what lies between them
 COLUMNS = [
     Column("reward", "test", "reward", has_interval=True),
     Column("train reward", "test", "train_reward"),
@@ -45,7 +46,7 @@ COLUMNS = [
     Column("distinct-2", "test", "distinct_2"),
     Column("entropy", "test", "entropy"),
     Column("completions trained on", "counts", "sequences", ",.0f"),
-    Column("tokens trained on", "counts", "tokens", ",.0f"),
+    Column("tokens seen", "counts", "tokens", ",.0f"),
     Column("generated", "counts", "generated", ",.0f"),
     Column("reward calls", "counts", "reward_calls", ",.0f"),
     Column("kept", "counts", "kept_fraction", ".0%"),
@@ -86,18 +87,22 @@ def task_page(results: Results) -> str:
     lines = [f"# {results.name}", "", info.get("description", ""), "", *_settings(results, info, seeds), ""]
     lines += [
         "Means over seeds on the test split, each method with its chosen setting, in brackets 95 % bootstrap intervals"
-        " of the mean: of three seeds, that is their range. The reference is the untrained policy, one run.",
+        " of the mean: of three seeds, that is their range. The reference is the untrained policy, one run. Tokens"
+        " seen are TRL's `num_tokens`, prompts included; online, further passes over them are not counted again.",
     ]
     for online, title in ((False, "Offline methods"), (True, "Online methods")):
         if methods := results.methods(online):
             lines += ["", f"## {title}", "", *_method_table(results, methods)]
-    lines += ["", "## Reward at equal KL", "", "![Reward against KL](frontier.png)", ""]
+    lines += ["", "## Reward against KL", "", "![Reward against KL](frontier.png)", ""]
+    if kl_table := _kl_table(results):
+        lines += [
+            "Reward at equal KL, on straight lines between the untrained policy and the runs with all settings, of one"
+            " seed at a time; empty where not every seed goes so far.",
+            "",
+            *kl_table,
+            "",
+        ]
     lines += [
-        "On straight lines between the untrained policy and the runs with all settings, of one seed at a time; empty"
-        " where not every seed goes so far.",
-        "",
-        *_kl_table(results),
-        "",
         "## Reward against completions seen",
         "",
         "Chosen settings, mean and range of the seeds.",
@@ -162,7 +167,7 @@ def _settings(results: Results, info: dict[str, Any], seeds: list[int]) -> list[
         runs = [record for name in methods for record in results.chosen.get(name, [])]
         measured = [
             f"{span} {what}"
-            for what, name in (("completions trained on", "sequences"), ("tokens of them", "tokens"),
+            for what, name in (("completions trained on", "sequences"), ("tokens seen", "tokens"),
                                ("generated", "generated"))
             if (span := _span(_value(record, "counts", name) for record in runs))
         ]  # fmt: skip
@@ -217,14 +222,18 @@ def _method_table(results: Results, methods: list[str]) -> list[str]:
 
 
 def _kl_table(results: Results) -> list[str]:
+    # A straight line from the untrained policy to one far away would understate what lies between them
+    grids = [name for name, grid in results.grids.items() if len(grid) >= MIN_POINTS]
+    if not grids:
+        return []
     ladder = [float(f"{digit}e{power}") for power in range(-5, 4) for digit in (1, 2, 5)]
     columns = []
     for kl in ladder:
-        cells = {name: _values_text(values) for name in results.grids if (values := results.rewards_at(name, kl))}
+        cells = {name: _values_text(values) for name in grids if (values := results.rewards_at(name, kl))}
         columns.append((f"{kl:g} nats", cells))
     # As far as a quarter of the methods come, and not where all have hardly left the untrained policy
-    columns = [column for column in columns if 4 * len(column[1]) >= len(results.grids)][-6:]
-    rows = [[name, *(cells.get(name, "") for _, cells in columns)] for name in results.grids]
+    columns = [column for column in columns if 4 * len(column[1]) >= len(grids)][-6:]
+    rows = [[name, *(cells.get(name, "") for _, cells in columns)] for name in grids]
     return _table(["method", *(title for title, _ in columns)], rows)
 
 

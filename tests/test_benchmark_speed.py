@@ -105,7 +105,7 @@ def test_drift_cancels(monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_are_the_same(kind, tmp_path):
-    """Offline all sequences of four steps, once; online two completions of each of the first two prompts, four times."""
+    """Offline all sequences of four steps, once; online two completions of each of two prompts, four times."""
     trainers = {name: make_trainer(name, SMALL, tmp_path / name) for name in KINDS[kind]}
     rounds = {name: Stopwatch(trainer).round() for name, trainer in trainers.items()}
     counts = {name: result["tokens"] for name, result in rounds.items()}

@@ -225,12 +225,14 @@ def test_reward_at_equal_kl():
         record("CoPG", 1.0, 0, kl=1.0, reward=0.3),
         record("CoPG", 0.1, 1, kl=2.0, reward=0.7),
         record("CoPG", 1.0, 1, kl=math.nan, reward=math.nan),
+        *(record("CoPG", 10.0, seed, kl=math.nan, reward=math.nan) for seed in (0, 1)),
     ]
     results = Results(records)
+    assert "at equal KL" not in task_page(Results(records[:-2]))  # two settings are too few for lines between them
     assert results.rewards_at("CoPG", 0.5) == pytest.approx([0.2, 0.25])
     assert results.rewards_at("CoPG", 2.0) == pytest.approx([0.4, 0.7])
     assert results.rewards_at("CoPG", 2.5) == []
-    header, _, cells = rows_of(task_page(results), "Reward at equal KL")
+    header, _, cells = rows_of(task_page(results), "Reward against KL")
     assert header == ["method", "0.05 nats", "0.1 nats", "0.2 nats", "0.5 nats", "1 nats", "2 nats"]
     assert cells[4] == "0.225 [0.200, 0.250]" and cells[6] == "0.550 [0.400, 0.700]"
 
@@ -246,7 +248,7 @@ def test_cells():
         record("RLOO", 0.1, 0, online=True),
     ]
     page = task_page(Results(records, METHODS))
-    costs = ["completions trained on", "tokens trained on", "wall s", "CPU s", "memory MB"]
+    costs = ["completions trained on", "tokens seen", "wall s", "CPU s", "memory MB"]
     header, _, first, second = rows_of(page, "Offline methods")
     assert header == ["method", "setting", "reward", "KL, nats", "score", "length", *costs]
     assert first == ["reference", "", "0.100", "0.00", "0.100", "12.0", "", "", "", "", ""]
