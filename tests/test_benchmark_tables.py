@@ -266,7 +266,7 @@ def test_head_of_a_page():
     assert lines[:3] == ["# toy", "", "A toy."]
     for line in (
         "- Budget: every offline method trains on 200 completions. Counted: 200 completions trained on, 1,234 tokens"
-        " of them.",
+        " seen.",
         "- Grid of CoPG: learning_rate 0.0001; beta 0.1, 1.",
         "- Chosen by the mean score on the validation split: reward − β × KL, with β = 0.1 per nat.",
         "- Chosen at an end of the grid, beyond which there may be better: CoPG.",
