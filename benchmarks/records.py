@@ -308,8 +308,8 @@ def compare(records: Iterable[Record], committed: Iterable[Record]) -> list[Find
     """
     Compare runs with committed ones: the test scores of each task, method and setting, and regrets where there are.
 
-    Intervals are of the mean over seeds (see [`t_interval`]) and must overlap; values without spread must agree up to
-    `TOLERANCE`. The untrained policy is left out: it has one run and so no spread, and no trainer changes it.
+    Intervals are of the mean over seeds (see [`t_interval`]) and must overlap, and not every run may lie outside the
+    committed interval; values without spread must agree up to `TOLERANCE`. The untrained policy is left out: it has one run and so no spread, and no trainer changes it.
 
     Args:
         records (`Iterable[dict]`):
@@ -337,17 +337,20 @@ def compare(records: Iterable[Record], committed: Iterable[Record]) -> list[Find
                 findings.append(Finding(*where, "missing", name, detail=name))
             elif old_values:
                 before, after = t_interval(old_values), t_interval(values)
-                change = _change(before, after, sign)
+                change = _change(before, after, values, sign)
                 if change:
                     findings.append(Finding(*where, change, name, before, after))
     return findings
 
 
-def _change(before: Interval, after: Interval, sign: int) -> str | None:
+def _change(before: Interval, after: Interval, values: Sequence[float], sign: int) -> str | None:
+    # Runs that scatter as they fail have an interval that reaches everything: then it is each of them that tells
+    sides = {0 if before.overlaps(Interval(v, v, v)) else 1 if v > before.high else -1 for v in values}
+    apart = not before.overlaps(after) or sides in ({1}, {-1})
     if math.isnan(before.mean) or math.isnan(after.mean):  # a run that diverged is worse than any that did not
         difference = math.isnan(before.mean) - math.isnan(after.mean)
     else:
-        difference = 0 if before.overlaps(after) else sign * (after.mean - before.mean)
+        difference = sign * (after.mean - before.mean) if apart else 0
     return None if difference == 0 else "better" if difference > 0 else "worse"
 
 

@@ -291,7 +291,7 @@ def main() -> None:
     if args.suite == "speed":
         from .speed import run_speed
 
-        run_speed(args.output or RESULTS / "speed")
+        run_speed(args.output or RESULTS / "speed", methods=args.methods)
         return
     import torch
 

@@ -321,7 +321,7 @@ def table(folder: Path) -> str:
         "bold, the median over paired rounds, lowest and highest: of CPU time on a CPU, since other work ran beside, "
         "of wall time on a GPU. Tokens per second, of the same time, are those trained on, every pass counted. Memory "
         "is the peak of a process of its own, over what it holds before the trainer is made; on a CPU two runs differ "
-        "by up to 3 %. MFU is TRL's `compute_mfu` over the time of updates; it counts no activations computed again, "
+        "by up to 4 %. MFU is TRL's `compute_mfu` over the time of updates; it counts no activations computed again, "
         "but does count the gradients of weights that LoRA has frozen.",
     ]
     for path in sorted(folder.glob("*.json")):

@@ -175,6 +175,15 @@ def test_interval_of_three_seeds_allows_for_their_number():
     )
 
 
+def test_runs_that_scatter_as_they_fail():
+    """0.5 ± 0.025 of 0.49, 0.5, 0.51. The interval of -3, -1, 0.4 is -1.2 ± 4.26 and holds all of it, but each of the
+    runs lies below. Controls: one of them within, or on either side."""
+    committed = runs("CoPG", [0.49, 0.5, 0.51])
+    assert changes(compare(runs("CoPG", [-3, -1, 0.4]), committed)) == [("worse", "score", True)]
+    assert changes(compare(runs("CoPG", [0.6, 2, 4]), committed)) == [("better", "score", False)]
+    assert compare(runs("CoPG", [-3, -1, 0.49]), committed) == compare(runs("CoPG", [-3, -1, 0.6]), committed) == []
+
+
 def test_better_is_a_note():
     """More score, less regret; control: the same difference the other way fails."""
     less, more = runs("CoPG", [0.1, 0.11], regret=0.9), runs("CoPG", [0.8, 0.81], regret=0.1)
