@@ -308,8 +308,9 @@ def compare(records: Iterable[Record], committed: Iterable[Record]) -> list[Find
     """
     Compare runs with committed ones: the test scores of each task, method and setting, and regrets where there are.
 
-    Intervals are of the mean over seeds (see [`t_interval`]) and must overlap, and not every run may lie outside the
-    committed interval; values without spread must agree up to `TOLERANCE`. The untrained policy is left out: it has one run and so no spread, and no trainer changes it.
+    Intervals are of the mean over seeds (see [`t_interval`]) and must overlap, and not all runs may lie on one side of
+    the committed interval; values without spread must agree up to `TOLERANCE`. The untrained policy is left out: it
+    has one run and so no spread, and no trainer changes it.
 
     Args:
         records (`Iterable[dict]`):

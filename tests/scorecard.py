@@ -34,7 +34,7 @@ from trl import GRPOTrainer
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 
 from worker import look_up, share_of_early_tokens
-from worlds import launch, short_rows
+from worlds import launch, leave, short_rows
 
 from trl_lol import (
     ALoLTrainer,
@@ -327,7 +327,6 @@ def work(num_ranks: int, folder: Path) -> None:
             runs.setdefault(name, {})[policy] = {run: vars(result) for run, result in found.items()}
     if state.is_main_process:
         torch.save(runs, folder / "results.pt")
-    state.destroy_process_group()
 
 
 # ---- The page ----
@@ -380,5 +379,6 @@ def main() -> None:
 if __name__ == "__main__":
     if len(sys.argv) == 3:
         work(int(sys.argv[1]), Path(sys.argv[2]))
+        leave()
     else:
         main()

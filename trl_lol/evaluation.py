@@ -173,8 +173,8 @@ def _summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
 class GenerationEvalCallback(TrainerCallback):
     """
     Generates on a fixed sample of prompts at every evaluation and logs `eval_generation/reward`, `…/reward_std`,
-    `…/kl`, `…/entropy`, `…/length` and `…/distinct_1` to `…/distinct_3` (see [`evaluate_policy`]). The metrics can pick the best
-    checkpoint: `metric_for_best_model="eval_generation/reward"`.
+    `…/kl`, `…/entropy`, `…/length` and `…/distinct_1` to `…/distinct_3` (see [`evaluate_policy`]). The metrics can
+    pick the best checkpoint: `metric_for_best_model="eval_generation/reward"`.
 
     Args:
         trainer ([`~transformers.Trainer`]):

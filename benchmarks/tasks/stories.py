@@ -77,8 +77,8 @@ class Stories(Task):
     learning_rates = (1e-4, 3e-4, 1e-3, 3e-3)
     betas = (0.03, 0.1, 1.0, 3.0)
     learning_rate = 3e-4
-    online_betas = (0.05, 0.3)
-    online_learning_rates = (1e-4, 3e-4)
+    online_betas = (0.05, 0.2, 1.0)
+    online_learning_rates = (1e-4,)
     group_size = 8
 
     @property

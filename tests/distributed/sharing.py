@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, Trainer
 from trl import GRPOTrainer
 from worker import GLOBAL_BATCH, look_up, share_of_early_tokens
-from worlds import short_rows
+from worlds import leave, short_rows
 
 from trl_lol import (
     ALoLTrainer,
@@ -145,5 +145,4 @@ if __name__ == "__main__":
     results = collect(out)
     if partial_state.is_main_process:
         torch.save(results, out / "results.pt")
-    partial_state.wait_for_everyone()  # a rank that leaves early takes its connections along
-    partial_state.destroy_process_group()
+    leave()

@@ -37,6 +37,7 @@ SCRIPT = """
     seen = gather_object([[dataset[name][:] for dataset in (plain, scaled) for name in names]])
     if state.is_main_process:
         (folder / "results.json").write_text(json.dumps({"seen": seen, "counts": counts}))
+    state.wait_for_everyone()  # gloo aborts a process whose peer has left before it
     state.destroy_process_group()
 """
 

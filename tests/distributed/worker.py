@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
 from trl import GRPOTrainer
-from worlds import short_rows
+from worlds import leave, short_rows
 
 from trl_lol import (
     ALoLTrainer,
@@ -78,7 +78,6 @@ def main(expected_world_size: int, folder: Path) -> None:
     }
     if state.is_main_process:
         torch.save(results, folder / "results.pt")
-    state.destroy_process_group()
 
 
 def trained_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -277,3 +276,4 @@ def train_online(
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), Path(sys.argv[2]))
+    leave()

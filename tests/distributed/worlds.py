@@ -1,5 +1,6 @@
 """What the tests on several processes share: how a script is launched, and rows whose losses can be compared."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 
 from trl_lol import toy
@@ -21,6 +23,16 @@ def launch(script: Path, num_ranks: int, folder: Path) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(folder / "results.pt", weights_only=True)
+
+
+def leave() -> None:
+    """
+    What a script does last. gloo aborts a process now and then that ends while the group stands, that takes it down
+    while a trainer still holds it, or whose peer has left before.
+    """
+    gc.collect()
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
 
 
 def short_rows(dialogues: Dataset) -> tuple[Dataset, Dataset]:
