@@ -179,7 +179,7 @@ def _settings(results: Results, info: dict[str, Any], seeds: list[int]) -> list[
     cost = f", with β = {info['beta']:g} per nat" if "beta" in info else ""
     lines.append(f"- Chosen by the mean score on the validation split: reward − β × KL{cost}.")
     edge = [name for name, runs in results.chosen.items() if runs in (results.grids[name][0], results.grids[name][-1])]
-    edge = [name for name in edge if len(results.grids[name]) > 1]
+    edge = [name for name in edge if len(results.grids[name]) > 2]  # of two, each is an end
     lines += [f"- Chosen at an end of the grid, beyond which there may be better: {', '.join(edge)}."] * bool(edge)
     open_ = [name for name in results.grids if name not in results.chosen]
     lines += [f"- Not finished, no setting has all seeds: {', '.join(open_)}."] * bool(open_)

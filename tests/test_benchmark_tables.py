@@ -271,12 +271,14 @@ def test_cells():
 
 
 def test_head_of_a_page():
-    lines = task_page(Results([untrained(), *runs("CoPG", [0.1, 0.2]), *runs("CoPG", [0.1], 1.0)])).splitlines()
+    lines = task_page(
+        Results([untrained(), *runs("CoPG", [0.1, 0.2]), *runs("CoPG", [0.1], 1.0), *runs("CoPG", [0.1], 10.0)])
+    ).splitlines()
     assert lines[:3] == ["# toy", "", "A toy."]
     for line in (
         "- Budget: every offline method trains on 200 completions. Counted: 200 completions trained on, 1,234 tokens"
         " seen.",
-        "- Grid of CoPG: learning_rate 0.0001; beta 0.1, 1.",
+        "- Grid of CoPG: learning_rate 0.0001; beta 0.1, 1, 10.",
         "- Chosen by the mean score on the validation split: reward − β × KL, with β = 0.1 per nat.",
         "- Chosen at an end of the grid, beyond which there may be better: CoPG.",
         "- Seeds: 0, 1.",
