@@ -1,6 +1,9 @@
 """One method on one task with one seed: trained, judged, and written down."""
 
+import hashlib
 import importlib
+import inspect
+import json
 import os
 import platform
 import tempfile
@@ -8,18 +11,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from datasets import disable_progress_bars
+from datasets import disable_caching, disable_progress_bars
 from transformers import Trainer, set_seed
 from transformers import logging as transformers_logging
 
+from trl_lol._cache import written_beside
+
 from .meter import Meter
 from .methods import METHODS, Method
+from .records import REFERENCE
 from .task import Task, load_task
 
 
+GRIDS = {"learning_rates", "betas", "beta_learning_rates", "online_betas", "online_learning_rates", "description"}
 # Where the trainers find their losses: what `sabotage` turns around
 LOSSES = {
     "trl_lol.offline.alol_trainer": ["alol_loss"],
@@ -63,6 +71,8 @@ class Run:
     @property
     def name(self) -> str:
         """File name of the result."""
+        if self.method == REFERENCE:
+            return REFERENCE
         settings = [f"{name}={value:g}" for name, value in self.settings.items()]
         return "-".join([self.method.replace(" ", "_"), *settings, str(self.seed)])
 
@@ -75,6 +85,31 @@ class Run:
         return task
 
 
+def check_record(record: Mapping[str, Any], run: Run, task: Task, path: Path) -> None:
+    """
+    Check that a record is of the run that would be made now.
+
+    Args:
+        record (`dict[str, Any]`):
+            What is there.
+        run ([`Run`]), task ([`~benchmarks.task.Task`]):
+            What it must be of.
+        path (`Path`):
+            Its file.
+
+    Raises:
+        `ValueError`: If it is of a run with another budget.
+    """
+    before, now = record["task_info"], json.loads(json.dumps(info(task)))
+    other = [name for name in now if name not in GRIDS and before.get(name) != now[name]]
+    if record.get("sabotage", False) != run.sabotage:
+        other.append("sabotage")
+    if other:
+        raise ValueError(
+            f"{path} is of a run with another {', '.join(other)}. Choose another `--output`, or delete it."
+        )
+
+
 class CountingReward:
     """A reward function that counts what it scores."""
 
@@ -85,15 +120,15 @@ class CountingReward:
         self.completions = self.tokens = 0
 
     def __call__(
-        self, prompts: list, completions: list, completion_ids: Sequence[Sequence[int]] = (), **columns: Any
+        self, prompts: list, completions: list, completion_ids: Sequence[Sequence[int]], **columns: Any
     ) -> list[float | None]:
         self.completions += len(completions)
         self.tokens += sum(map(len, completion_ids))
-        return self.reward(prompts, completions, **columns)
+        return self.reward(prompts, completions, completion_ids=completion_ids, **columns)
 
 
-def config_for(method: Method, task: Task, run: Run, group_size: int) -> dict[str, Any]:
-    """The fields of the config that are not its defaults."""
+def config_for(method: Method, task: Task, run: Run, group_size: float) -> dict[str, Any]:
+    """The fields of the config that are not its defaults. Groups are of `group_size` completions on average."""
     shared = {
         "seed": run.seed,
         "gradient_checkpointing": False,
@@ -118,9 +153,11 @@ def config_for(method: Method, task: Task, run: Run, group_size: int) -> dict[st
             **shared,
         }
     caches_reference = hasattr(method.config_class, "precompute_ref_log_probs")
+    per_row = method.completions_per_row or group_size
+    rows_per_step = max(round(task.batch_size / per_row), 1)
     return {
-        "max_steps": task.num_sequences // task.batch_size,
-        "per_device_train_batch_size": max(task.batch_size // (method.completions_per_row or group_size), 1),
+        "max_steps": max(round(task.num_sequences / (rows_per_step * per_row)), 1),
+        "per_device_train_batch_size": rows_per_step,
         "lr_scheduler_type": "cosine",
         "warmup_steps": task.warm_up,
         **({"precompute_ref_log_probs": True} if caches_reference else {}),
@@ -135,8 +172,29 @@ def quiet() -> None:
 
 
 def prepare(run: Run, seeds: Sequence[int]) -> None:
-    """Make what the runs on a task share."""
+    """
+    Make what the runs on a task share.
+
+    Args:
+        run ([`Run`]):
+            One of the runs.
+        seeds (`Sequence[int]`):
+            Seeds whose logged completions are needed.
+
+    Raises:
+        `ValueError`: If something is there that another version of the task has made.
+    """
     task = run.load_task()
+    stamp = {
+        "task": hashlib.sha256(inspect.getsource(type(task)).encode()).hexdigest(),
+        "overrides": json.loads(json.dumps(run.overrides)),
+    }
+    path = task.folder / "made_by.json"
+    if path.exists() and json.loads(path.read_text()) != stamp:
+        raise ValueError(f"{task.folder} is of another version of the task, or of other overrides. Delete it.")
+    task.folder.mkdir(parents=True, exist_ok=True)
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps(stamp))
     for seed in seeds:
         task.prepare(seed)
 
@@ -146,7 +204,7 @@ def judge_reference(run: Run) -> dict[str, Any]:
     task = run.load_task()
     model = task.reference()
     metrics = {split: judged(task, model, model, split) for split in ("validation", "test")}
-    return {"task": task.name, "method": "reference", "metrics": metrics, "task_info": info(task), **circumstances()}
+    return {"task": task.name, "method": REFERENCE, "metrics": metrics, "task_info": info(task), **circumstances()}
 
 
 def judged(task: Task, policy: Any, reference: Any, split: str, **kwargs: Any) -> dict[str, Any]:
@@ -168,12 +226,13 @@ def measure(run: Run) -> dict[str, Any]:
     Returns:
         `dict[str, Any]`: The record of the run, see records.py.
     """
+    disable_caching()  # of what trainers make of the rows: each run pays for it
     if run.sabotage:
         _turn_losses()
     task, method = run.load_task(), METHODS[run.method]
     groups = task.rows(run.seed)
     rows = method.rows(task, groups, run.seed)
-    group_size = max(map(len, groups["rewards"]))
+    group_size = fmean(map(len, groups["rewards"]))
     config = config_for(method, task, run, group_size)
     reward = CountingReward(task.reward)
     reference = None if task.peft_config is not None else task.reference()
@@ -190,7 +249,7 @@ def measure(run: Run) -> dict[str, Any]:
         seen = task.generation_batch_size / method.settings.get("num_iterations", 1)
     else:
         seen = config["per_device_train_batch_size"] * (method.completions_per_row or group_size)
-    steps = [round(config["max_steps"] * i / task.num_points) for i in range(1, task.num_points)]
+    steps = {round(config["max_steps"] * i / task.num_points) for i in range(1, task.num_points)}
     curve = []
     meter = Meter(
         lambda completions: curve.append(_point(completions, judge())), {step: round(step * seen) for step in steps}
@@ -222,6 +281,7 @@ def measure(run: Run) -> dict[str, Any]:
         "online": method.is_online,
         "settings": dict(run.settings),
         "seed": run.seed,
+        "sabotage": run.sabotage,
         "metrics": metrics,
         "curve": curve,
         "counts": {
@@ -261,7 +321,7 @@ def info(task: Task) -> dict[str, Any]:
     """What the tables say of a task."""
     fields = [
         "description", "beta", "num_sequences", "batch_size", "num_completions", "generation_batch_size",
-        "max_completion_length", "num_generations", "learning_rates", "betas", "learning_rate", "online_betas",
+        "max_completion_length", "num_generations", "learning_rates", "betas", "beta_learning_rates", "online_betas",
         "online_learning_rates",
     ]  # fmt: skip
     values = {name: getattr(task, name) for name in fields}

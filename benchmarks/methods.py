@@ -10,7 +10,7 @@ from datasets import Dataset
 
 import trl_lol
 
-from .task import Task
+from .task import GROUP, Task
 
 
 Rows = Callable[[Task, Dataset, int], Dataset]  # of a task, its logged groups, and the seed
@@ -19,7 +19,9 @@ Rows = Callable[[Task, Dataset, int], Dataset]  # of a task, its logged groups, 
 def everything(task: Task, groups: Dataset, seed: int) -> Dataset:
     """Every logged completion."""
     return Dataset.from_list([
-        {"prompt": row["prompt"], "completion": completion} for row in groups for completion in row["completions"]
+        {**{name: value for name, value in row.items() if name not in GROUP}, "completion": completion}
+        for row in groups
+        for completion in row["completions"]
     ])  # fmt: skip
 
 
@@ -27,15 +29,18 @@ def best(task: Task, groups: Dataset, seed: int) -> Dataset:
     """The best logged completion of each prompt."""
     return groups.map(
         lambda row: {"completion": max(zip(row["rewards"], row["completions"], strict=True), key=lambda m: m[0])[1]},
-        remove_columns=["completions", "rewards"],
+        remove_columns=list(GROUP),
     )
 
 
 def labelled(task: Task, groups: Dataset, seed: int) -> Dataset:
-    """Every logged completion, desirable if its reward is above the mean."""
+    """
+    Every logged completion, desirable if its reward is above the mean. Shuffled, since KTOTrainer takes rows as they
+    come and estimates a KL from the completions of their neighbours.
+    """
     threshold = fmean(reward for row in groups for reward in row["rewards"])
     labels = [reward > threshold for row in groups for reward in row["rewards"]]
-    return everything(task, groups, seed).add_column("label", labels)
+    return everything(task, groups, seed).add_column("label", labels).shuffle(seed=seed)
 
 
 def with_rewards(task: Task, groups: Dataset, seed: int) -> Dataset:
@@ -47,6 +52,8 @@ def with_unit_rewards(task: Task, groups: Dataset, seed: int) -> Dataset:
     """Groups with their rewards brought between 0 and 1, for methods that take a reward as a weight."""
     rewards = [reward for row in groups for reward in row["rewards"]]
     low, high = min(rewards), max(rewards)
+    if low == high:
+        raise ValueError(f"All logged rewards are {low}: there is nothing to learn from.")
     return groups.map(lambda row: {"rewards": [(reward - low) / (high - low) for reward in row["rewards"]]})
 
 
@@ -57,7 +64,7 @@ def pairs(task: Task, groups: Dataset, seed: int) -> Dataset:
 
 def prompts(task: Task, groups: Dataset, seed: int) -> Dataset:
     """The prompts alone."""
-    return groups.remove_columns(["completions", "rewards"])
+    return groups.remove_columns(list(GROUP))
 
 
 @dataclass(frozen=True)

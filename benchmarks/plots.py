@@ -1,6 +1,5 @@
 """Plots of what was run on a task."""
 
-import math
 from statistics import fmean
 
 import numpy as np
@@ -43,7 +42,7 @@ _OTHERS = [(color, ":", marker) for marker in "o^sDvP" for color in (_BLACK, _RE
 
 
 def plot_frontier(results: Results) -> Figure:
-    """Reward against KL: a line over the means of a method's settings, and a faint dot for every run."""
+    """Reward against KL: a line over the means of a method's frontier, and a faint dot for every run."""
     figure, (axes,) = _panels(results, 1)
     start = fmean(metric(results.reference, "reward"))
     kls = []
@@ -54,8 +53,8 @@ def plot_frontier(results: Results) -> Figure:
             kls += [kl for kl, _ in every if kl > 0]
             if every:
                 axis.scatter(*zip(*every, strict=True), 14, color, marker, alpha=0.4, linewidths=0)
-            means = [tuple(map(fmean, (metric(runs, "kl"), metric(runs, "reward")))) for runs in results.grids[method]]
-            means = sorted(point for point in means if all(map(math.isfinite, point)))
+            frontier = results.frontier(method)
+            means = [tuple(map(fmean, (metric(runs, "kl"), metric(runs, "reward")))) for runs in frontier]
             x, y = zip((0.0, start), *means, strict=True)
             axis.plot(x, y, line, color=color, marker=marker, markersize=6, linewidth=1.5, label=method)
         axis.axhline(start, color=INK, linewidth=0.8, linestyle=":")

@@ -22,7 +22,7 @@ REFERENCE = "reference"  # the method of the policy that was not trained
 CONFIDENCE = 0.95
 # Processors round differently, and what has no spread has no interval that would allow for it
 TOLERANCE = 1e-3
-SIGNS = {"score": 1, "regret": -1}  # what is compared, and which way is better
+SIGNS = {"score": 1, "reward": 1, "regret": -1}  # what is compared, and which way is better
 
 
 class Interval(NamedTuple):
@@ -220,9 +220,19 @@ class Results:
         """Names of the methods that generate, or of those that do not."""
         return [name for name, grid in self.grids.items() if grid[0][0]["online"] == online]
 
+    def frontier(self, method: str) -> list[GridPoint]:
+        """A method's settings that no other one of it beats in both mean reward and mean KL, by their KL."""
+        means = [(*(fmean(metric(runs, name)) for name in ("kl", "reward")), runs) for runs in self.grids[method]]
+        kept, highest = [], -math.inf
+        for kl, reward, runs in sorted(means, key=lambda point: point[0]):
+            if math.isfinite(kl) and reward > highest:
+                kept.append(runs)
+                highest = reward
+        return kept
+
     def rewards_at(self, method: str, kl: float) -> list[float]:
         """
-        Rewards at a KL, on straight lines between the untrained policy and the runs with all settings.
+        Rewards at a KL, on straight lines between a method's runs with the settings of its frontier.
 
         Args:
             method (`str`):
@@ -231,15 +241,14 @@ class Results:
                 KL from the untrained policy, in nats.
 
         Returns:
-            `list[float]`: One value per seed; empty where not every seed reaches the KL.
+            `list[float]`: One value per seed; empty where not every seed has runs on both sides of the KL.
         """
         by_seed: dict[int, list[tuple[float, float]]] = {}
-        start = (0.0, fmean(metric(self.reference, "reward")))
-        for runs in self.grids[method]:
+        for runs in self.frontier(method):
             for record in runs:
-                by_seed.setdefault(record["seed"], [start]).extend(kl_and_reward([record]))
+                by_seed.setdefault(record["seed"], []).extend(kl_and_reward([record]))
         lines = [list(zip(*sorted(points), strict=True)) for points in by_seed.values()]
-        if any(kl > kls[-1] for kls, _ in lines):
+        if not all(kls[0] <= kl <= kls[-1] for kls, _ in lines):
             return []
         return [float(np.interp(kl, kls, rewards)) for kls, rewards in lines]
 
@@ -306,7 +315,8 @@ def _without_spread(values: Sequence[float]) -> Interval | None:
 
 def compare(records: Iterable[Record], committed: Iterable[Record]) -> list[Finding]:
     """
-    Compare runs with committed ones: the test scores of each task, method and setting, and regrets where there are.
+    Compare runs with committed ones: the test regret of each task, method and setting, or where there is none the
+    score and the reward, which a policy that has learned nothing lacks even where its score is as good.
 
     Intervals are of the mean over seeds (see [`t_interval`]) and must overlap, and not all runs may lie on one side of
     the committed interval; values without spread must agree up to `TOLERANCE`. The untrained policy is left out: it
@@ -332,7 +342,9 @@ def compare(records: Iterable[Record], committed: Iterable[Record]) -> list[Find
                 findings.append(Finding(*where, change, detail=detail))
         if not (new and old):
             continue
-        for name, sign in SIGNS.items():
+        # Where the best policy is known, a reward that rises may be a policy that goes too far
+        names = ["regret"] if metric(old, "regret") else ["score", "reward"]
+        for name, sign in ((name, SIGNS[name]) for name in names):
             values, old_values = metric(new, name), metric(old, name)
             if old_values and not values:
                 findings.append(Finding(*where, "missing", name, detail=name))

@@ -15,17 +15,22 @@ given: STORIES260K for the stories, BENCHMARK_MODEL (SmolLM2-135M-Instruct) and 
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import shutil
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .harness import Run
+    from .task import Task
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -102,42 +107,67 @@ FULL = [
 SUITES = {"quick": QUICK, "full": FULL}
 
 
-class Pool:
-    """Processes that run one thing each, with everything imported."""
+@dataclass(frozen=True)
+class Job:
+    """A process to come: a function of a run, the file for what it returns, and the file for what it says."""
 
-    def __init__(self, workers: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        self.executor = ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1)
-        self.errors: list[str] = []
-
-    def finished(self, futures: Mapping[Future, str]) -> Iterator[tuple[str, Any]]:
-        """Names and results as they come. What failed is said, and kept in `errors`."""
-        for done, future in enumerate(as_completed(futures), start=1):
-            name = futures[future]
-            try:
-                result = future.result()
-            except Exception as error:
-                self.errors.append(name)
-                print(f"[{done}/{len(futures)}] {name} FAILED", flush=True)
-                traceback.print_exception(error)
-                continue
-            print(f"[{done}/{len(futures)}] {name}{_in_short(result)}", flush=True)
-            yield name, result
+    name: str
+    function: Callable[[Any], Any]
+    run: Any
+    log: Path
+    record: Path | None = None
 
 
-def _logged(function: Callable[[Any], Any], run: Any, log: Path) -> Any:
-    """What a process of the pool does: what the run says goes to a file, since several run at once."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    return function(run)
+def _work(job: Job) -> None:
+    """What a process does. Several run at once, so what each says goes to a file of its own."""
+    from .records import write_record
+
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with open(job.log, "w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    result = job.function(job.run)
+    if job.record is not None:
+        job.record.parent.mkdir(parents=True, exist_ok=True)
+        write_record(result, job.record)
 
 
-def _in_short(record: Mapping[str, Any] | None) -> str:
-    if not record:
-        return ""
+def work_off(jobs: Sequence[Job], workers: int) -> list[Job]:
+    """
+    Do every job in a process of its own, which begins with everything imported.
+
+    Args:
+        jobs (`Sequence[Job]`):
+            What to do.
+        workers (`int`):
+            Number of processes at a time.
+
+    Returns:
+        `list[Job]`: Those that failed. One that dies takes no other along.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    waiting, running, failed = list(reversed(jobs)), {}, []
+    while waiting or running:
+        while waiting and len(running) < workers:
+            job = waiting.pop()
+            process = context.Process(target=_work, args=(job,))
+            process.start()
+            running[process.sentinel] = process, job
+        for sentinel in connection.wait(running):
+            process, job = running.pop(sentinel)
+            process.join()
+            done = f"[{len(jobs) - len(waiting) - len(running)}/{len(jobs)}] {job.name}"
+            if process.exitcode:
+                failed.append(job)
+                said = job.log.read_text().splitlines() if job.log.exists() else []
+                print(f"{done} FAILED ({process.exitcode}), see {job.log}", *said[-20:], sep="\n    ", flush=True)
+            else:
+                print(done + (_in_short(json.loads(job.record.read_text())) if job.record else ""), flush=True)
+    return failed
+
+
+def _in_short(record: Mapping[str, Any]) -> str:
     test = record["metrics"]["test"]
     shown = [f"{name} {test[name]:.3f}" for name in ("reward", "kl", "score", "regret") if name in test]
     if "costs" in record:
@@ -172,68 +202,92 @@ def run_plans(
             Python of an environment with TRL 1.12, whose PPO is left out otherwise.
 
     Returns:
-        `list[str]`: Names of the runs that failed.
-    """
-    from .harness import Run, judge_reference, measure, prepare
-    from .methods import METHODS, OLD_PPO
-    from .old_ppo import measure_old_ppo
-    from .records import write_record
+        `list[str]`: Names of what failed.
 
-    pool, prepared, runs = Pool(workers), {}, {}
+    Raises:
+        `ValueError`: If there is a record of a run with another budget.
+    """
+    from .harness import check_record, judge_reference, measure, prepare
+    from .methods import OLD_PPO
+    from .old_ppo import measure_old_ppo
+
+    preparing, jobs = [], []
     for plan in plans:
-        first = Run(plan.task, "reference", {}, 0, str(work_dir), plan.overrides, sabotage, old_ppo and str(old_ppo))
-        task = first.load_task()
+        first, task, planned = plan_runs(plan, work_dir, sabotage, old_ppo)
         if task.missing:
             print(f"Left out: {task.missing}", flush=True)
             continue
-        folder = output / task.name
-        planned = {}
-        for name in plan.methods or plan.settings or METHODS:
-            method = METHODS[name]
-            if name in task.without or (method.is_online and not task.num_completions):
-                continue
-            if name == OLD_PPO and (old_ppo is None or task.importable_reward is None):
-                continue
-            grid = [plan.settings[name]] if plan.settings else task.grid(method.has_beta, method.is_online)
-            for seed in plan.seeds or task.seeds:
-                for settings in grid:
-                    run = replace(first, method=name, settings=dict(settings), seed=seed)
-                    planned[folder / f"{run.name}.json"] = run
-        planned = {path: run for path, run in planned.items() if not path.exists()}
-        seeds = sorted({run.seed for run in planned.values()})
-        if planned:
+        new = {}
+        for run in [first, *planned]:
+            path = output / task.name / f"{run.name}.json"
+            if path.exists():
+                check_record(json.loads(path.read_text()), run, task, path)
+            else:
+                new[path] = run
+        if new:
+            seeds = sorted({run.seed for run in new.values()})
             log = work_dir / "logs" / task.name / "prepare.txt"
-            prepared[pool.executor.submit(_logged, partial(prepare, seeds=seeds), first, log)] = f"{task.name}: ready"
-        if not (folder / "reference.json").exists():
-            runs[folder / "reference.json"] = (judge_reference, first)
-        runs |= {path: (measure_old_ppo if run.method == OLD_PPO else measure, run) for path, run in planned.items()}
-    for _ in pool.finished(prepared):
-        pass
-    if pool.errors:
-        return pool.errors
-    futures = {}
-    for path, (function, run) in runs.items():
-        name = path.relative_to(output).with_suffix("")
-        log = work_dir / "logs" / f"{name}.txt"
-        futures[pool.executor.submit(_logged, function, run, log)] = str(name)
-    for name, record in pool.finished(futures):
-        path = output / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_record(record, path)
-    pool.executor.shutdown()
-    return pool.errors
+            preparing.append(Job(task.name, partial(prepare, seeds=seeds), first, log))
+        for path, run in new.items():
+            function = judge_reference if run is first else measure_old_ppo if run.method == OLD_PPO else measure
+            log = work_dir / "logs" / task.name / f"{path.stem}.txt"
+            jobs.append(Job(f"{task.name}/{path.stem}", function, run, log, path))
+    unprepared = work_off(preparing, workers)
+    tasks = {job.name for job in unprepared}
+    failed = work_off([job for job in jobs if job.name.partition("/")[0] not in tasks], workers)
+    return [job.name for job in (*unprepared, *failed)]
 
 
-def check(output: Path, committed: Path, methods: Iterable[str]) -> bool:
-    """Say what is different from the committed results; whether nothing is worse."""
+def plan_runs(
+    plan: Plan, work_dir: Path, sabotage: bool = False, old_ppo: Path | None = None
+) -> tuple["Run", "Task", list["Run"]]:
+    """The run that judges the untrained policy, the task, and the runs of its methods."""
+    from .harness import Run
+    from .methods import METHODS, OLD_PPO
+
+    first = Run(plan.task, "reference", {}, 0, str(work_dir), plan.overrides, sabotage, old_ppo and str(old_ppo))
+    task = first.load_task()
+    seeds = plan.seeds or task.seeds
+    first, planned = replace(first, seed=seeds[0]), []
+    for name in plan.methods or plan.settings or METHODS:
+        method = METHODS[name]
+        if name == OLD_PPO and (old_ppo is None or task.importable_reward is None):
+            reason = "needs `--trl_1_12`" if old_ppo is None else "needs an `importable_reward`"
+        elif name in task.without:
+            reason = "is not for this task"
+        elif method.is_online and not task.num_completions:
+            reason = "has no reward for new completions"
+        else:
+            grid = [plan.settings[name]] if plan.settings else task.grid(method.has_beta, method.is_online)
+            planned += [
+                replace(first, method=name, settings=dict(point), seed=seed) for seed in seeds for point in grid
+            ]
+            continue
+        if plan.methods:
+            print(f"Left out: {name} on {task.name} {reason}.", flush=True)
+    return first, task, planned
+
+
+def check(output: Path, committed: Path, plans: Iterable[Plan], work_dir: Path) -> bool:
+    """Say what is different from the committed results of the same runs; whether nothing is worse."""
     from .records import compare, load_records
 
-    before = [record for record in load_records(committed) if record["method"] in methods]
-    findings = compare([record for record in load_records(output) if record["method"] in methods], before)
+    planned = {
+        (task.name, run.method, run.seed) for _, task, runs in (plan_runs(p, work_dir) for p in plans) for run in runs
+    }
+    before, now = (
+        [
+            record
+            for record in load_records(folder)
+            if (record["task"], record["method"], record.get("seed")) in planned
+        ]
+        for folder in (committed, output)
+    )
+    findings = compare(now, before)
     for finding in findings:
-        print(("WORSE  " if finding.change == "worse" else "       ") + str(finding))
+        print(("FAILED " if finding.fails else "       ") + str(finding))
     failed = not before or any(finding.fails for finding in findings)
-    print(f"Compared with {committed.relative_to(RESULTS.parent.parent)}: {'FAILED' if failed else 'as good'}.")
+    print(f"Compared with {len(before)} committed runs: {'FAILED' if failed else 'as good'}.")
     return not failed
 
 
@@ -268,7 +322,8 @@ def select(plans: Iterable[Plan], args: argparse.Namespace) -> list[Plan]:
     return chosen
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=[*SUITES, "speed"], default="full")
     parser.add_argument(
@@ -284,10 +339,16 @@ def main() -> None:
     parser.add_argument("--update", action="store_true", help="quick: make these the committed results")
     parser.add_argument("--sabotage", action="store_true", help="quick: turn the losses; succeed if that is noticed")
     parser.add_argument("--trl_1_12", type=Path, help="Python of an environment with trl==1.12.0, for its PPO")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     args = parser.parse_args()
     # Before torch is imported, here and in the processes to come
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
-
+    if problem := wrong(args):
+        parser.error(problem)
     if args.suite == "speed":
         from .speed import run_speed
 
@@ -298,26 +359,48 @@ def main() -> None:
     from .tables import write_tables
 
     is_quick = args.suite == "quick"
-    committed = RESULTS / args.suite
+    committed, work_dir = RESULTS / args.suite, args.work_dir / args.suite
     output = args.output or (args.work_dir / "quick_results" if is_quick and not args.update else committed)
-    if is_quick:  # what an earlier version of the code left says nothing of this one
-        shutil.rmtree(output, ignore_errors=True)
     if args.sabotage:
         args.methods = [name for name in SABOTAGED if not args.methods or name in args.methods]
+        output = args.output or args.work_dir / "sabotage_results"
     plans = select(SUITES[args.suite], args)
+    if is_quick:  # what an earlier version of the code has made says nothing of this one
+        for task in (plan_runs(plan, work_dir)[1] for plan in plans):
+            for path in (output / task.name).glob("*.json"):
+                path.unlink()
+            shutil.rmtree(task.folder, ignore_errors=True)
     workers = args.workers or (1 if torch.cuda.is_available() else os.cpu_count())
-    work_dir = args.work_dir / args.suite
     failed = run_plans(plans, output, work_dir, workers=workers, sabotage=args.sabotage, old_ppo=args.trl_1_12)
+    if failed:
+        print(f"Failed: {', '.join(failed)}.", flush=True)
     if args.sabotage:
-        sys.exit(not check_sabotage(output, committed))
+        sys.exit(not check_sabotage(output, committed) or bool(failed))
     if output.exists():
         write_tables(output)
-        print(f"Records, tables and plots are in {output}.")
-    if failed:
-        sys.exit(f"Failed: {', '.join(failed)}")
-    if is_quick and not args.update:
-        methods = args.methods or {name for plan in plans for name in plan.settings or ()}
-        sys.exit(not check(output, committed, methods))
+        print(f"Records, tables and plots are in {output}.", flush=True)
+    is_as_good = not is_quick or args.update or check(output, committed, plans, work_dir)
+    sys.exit(bool(failed) or not is_as_good)
+
+
+def wrong(args: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments, if anything."""
+    from .methods import METHODS
+
+    is_quick, filters = args.suite == "quick", args.tasks or args.methods or args.seeds
+    if unknown := set(args.methods or ()) - set(METHODS):
+        return f"unknown method {unknown.pop()!r}. Known: {', '.join(METHODS)}"
+    if is_quick and (unknown := set(args.tasks or ()) - {plan.task for plan in QUICK}):
+        return f"the quick suite has no task {unknown.pop()!r}, which is for `--suite full`"
+    if is_quick and (unknown := set(args.methods or ()) - {name for plan in QUICK for name in plan.settings}):
+        return f"the quick suite has no method {unknown.pop()!r}, which is for `--suite full`"
+    if (args.update or args.sabotage) and not is_quick:
+        return "`--update` and `--sabotage` are for `--suite quick`"
+    if args.update and (args.sabotage or args.output or filters):
+        return "`--update` commits the whole quick suite: leave out everything else"
+    if args.suite == "speed" and (args.tasks or args.seeds or (args.methods and not args.output)):
+        return "`--suite speed` has no tasks and seeds, and with `--methods` it needs an `--output` of its own"
+    return None
 
 
 if __name__ == "__main__":

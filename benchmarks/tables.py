@@ -68,7 +68,13 @@ def write_tables(folder: Path) -> None:
     by_task: dict[str, list[Record]] = defaultdict(list)
     for record in load_records(folder):
         by_task[record["task"]].append(record)
-    results = [Results(records, METHODS) for records in by_task.values()]
+    results = []
+    for name, records in by_task.items():
+        methods = {record["method"] for record in records}
+        if REFERENCE in methods and len(methods) > 1:
+            results.append(Results(records, METHODS))
+        else:
+            print(f"No page for {name}: a table needs the untrained policy and one that was trained.")
     for task in results:
         (folder / task.name).mkdir(exist_ok=True)
         (folder / task.name / "README.md").write_text(task_page(task))
@@ -88,7 +94,8 @@ def task_page(results: Results) -> str:
     lines += [
         "Means over seeds on the test split, each method with its chosen setting, in brackets 95 % bootstrap intervals"
         " of the mean: of three seeds, that is their range. The reference is the untrained policy, one run. Tokens"
-        " seen are TRL's `num_tokens`, prompts included; online, further passes over them are not counted again.",
+        " seen are TRL's `num_tokens`, prompts included; online, further passes over them are not counted again."
+        " Completions trained on are optimizer steps × batch: the last batch of a pass may hold fewer.",
     ]
     for online, title in ((False, "Offline methods"), (True, "Online methods")):
         if methods := results.methods(online):
@@ -96,8 +103,8 @@ def task_page(results: Results) -> str:
     lines += ["", "## Reward against KL", "", "![Reward against KL](frontier.png)", ""]
     if kl_table := _kl_table(results):
         lines += [
-            "Reward at equal KL, on straight lines between the untrained policy and the runs with all settings, of one"
-            " seed at a time; empty where not every seed goes so far.",
+            "Reward at equal KL, on straight lines between runs of one seed, with the settings that no other one of"
+            " the method beats in both; empty where not every seed has runs on both sides.",
             "",
             *kl_table,
             "",
@@ -167,7 +174,7 @@ def _settings(results: Results, info: dict[str, Any], seeds: list[int]) -> list[
         runs = [record for name in methods for record in results.chosen.get(name, [])]
         measured = [
             f"{span} {what}"
-            for what, name in (("completions trained on", "sequences"), ("tokens seen", "tokens"),
+            for what, name in (("completions in steps × batch", "sequences"), ("tokens seen", "tokens"),
                                ("generated", "generated"))
             if (span := _span(_value(record, "counts", name) for record in runs))
         ]  # fmt: skip
@@ -222,7 +229,7 @@ def _method_table(results: Results, methods: list[str]) -> list[str]:
 
 
 def _kl_table(results: Results) -> list[str]:
-    # A straight line from the untrained policy to one far away would understate what lies between them
+    # A straight line between two that are far apart would understate what lies between them
     grids = [name for name, grid in results.grids.items() if len(grid) >= MIN_POINTS]
     if not grids:
         return []

@@ -2,11 +2,13 @@
 
 import importlib
 import importlib.util
-import shutil
+import math
+import os
 import sys
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -33,6 +35,9 @@ TASKS = {
 }
 
 
+GROUP = ("completions", "rewards")  # columns of a logged group; all others belong to its prompt
+
+
 class Task(ABC):
     """
     A reference policy, logged completions with rewards, prompts to judge by, and two rewards: `reward`, which is
@@ -57,8 +62,8 @@ class Task(ABC):
             Completions that an online method generates at a time.
         learning_rates (`tuple[float, ...]`):
             Grid of the offline methods without a β.
-        betas (`tuple[float, ...]`), learning_rate (`float`):
-            Grid of the offline methods with a β, and the learning rate that goes with it.
+        betas, beta_learning_rates (`tuple[float, ...]`):
+            Grid of the offline methods with a β, which have as many settings in all.
         online_betas, online_learning_rates (`tuple[float, ...]`):
             Grid of the online methods, which have both.
         num_generations (`int`):
@@ -79,8 +84,8 @@ class Task(ABC):
     num_generations: int = 8
     num_points: int = 4
     learning_rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-    betas: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-    learning_rate: float = 1e-4
+    betas: tuple[float, ...] = (0.1, 0.5, 2.0)
+    beta_learning_rates: tuple[float, ...] = (1e-4, 5e-4)
     online_betas: tuple[float, ...] = (0.05, 0.2, 1.0)
     online_learning_rates: tuple[float, ...] = (3e-5, 1e-4)
     warm_up: int = 10  # steps
@@ -137,7 +142,8 @@ class Task(ABC):
             worst, best = order[0], order[-1]
             if row["rewards"][best] > row["rewards"][worst]:
                 chosen, rejected = row["completions"][best], row["completions"][worst]
-                rows.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
+                others = {name: value for name, value in row.items() if name not in GROUP}
+                rows.append({**others, "chosen": chosen, "rejected": rejected})
         return Dataset.from_list(rows)
 
     def evaluate(
@@ -176,8 +182,8 @@ class Task(ABC):
             return result
         columns = {name: [v for v in column for _ in range(num_generations)] for name, column in columns.items()}
         texts = ([sample[name] for sample in samples] for name in ("prompt", "completion"))
-        rewards = self.reward(*texts, **columns)
-        return result | {"train_reward": fmean(reward for reward in rewards if reward is not None)}
+        rewards = [reward for reward in self.reward(*texts, **columns) if reward is not None]
+        return result | {"train_reward": fmean(rewards or [math.nan])}
 
     def grid(self, has_beta: bool, is_online: bool) -> list[dict[str, float]]:
         """
@@ -192,12 +198,14 @@ class Task(ABC):
         Returns:
             `list[dict[str, float]]`: Fields of the config.
         """
+        if not (has_beta or is_online):
+            return [{"learning_rate": learning_rate} for learning_rate in self.learning_rates]
         if is_online:
-            pairs = product(self.online_learning_rates, self.online_betas)
-            return [{"learning_rate": learning_rate, "beta": beta} for learning_rate, beta in pairs]
-        if has_beta:
-            return [{"learning_rate": self.learning_rate, "beta": beta} for beta in self.betas]
-        return [{"learning_rate": learning_rate} for learning_rate in self.learning_rates]
+            learning_rates, betas = self.online_learning_rates, self.online_betas
+        else:
+            learning_rates, betas = self.beta_learning_rates, self.betas
+        pairs = product(learning_rates, betas)
+        return [{"learning_rate": learning_rate, "beta": beta} for learning_rate, beta in pairs]
 
     # ---- What is kept ----
 
@@ -238,11 +246,11 @@ def made_whole(folder: Path) -> Iterator[Path | None]:
     if folder.exists():
         yield None
         return
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    yield unfinished
-    unfinished.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as unfinished:
+        yield Path(unfinished)
+        with suppress(OSError):  # another process was faster
+            os.rename(unfinished, folder)
 
 
 def load_task(name: str, work_dir: Path) -> Task:
@@ -268,13 +276,14 @@ def load_task(name: str, work_dir: Path) -> Task:
     path = Path(name)
     if path.suffix != ".py" or not path.exists():
         raise ValueError(f"There is no task {name!r}. Give one of {', '.join(TASKS)}, or the path of a Python file.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    name = f"benchmark_task_{path.stem}"  # not that of a package
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     classes = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Task) and value.__module__ == path.stem
+        if isinstance(value, type) and issubclass(value, Task) and value.__module__ == name
     ]
     if len(classes) != 1:
         raise ValueError(f"{path} has {len(classes)} subclasses of `Task`, and must have one.")

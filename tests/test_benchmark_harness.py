@@ -1,6 +1,7 @@
 """The benchmarks' harness: what a run trains on, what its record says, and what happens to runs that are there."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from datasets import Dataset
 from benchmarks import methods
 from benchmarks.harness import Run, config_for, judge_reference, measure, prepare
 from benchmarks.methods import METHODS
-from benchmarks.run import FULL, QUICK, Plan, check_sabotage, run_plans, select
+from benchmarks.run import FULL, QUICK, Job, Plan, check_sabotage, make_parser, run_plans, select, work_off, wrong
 from benchmarks.task import TASKS, load_task
 
 
@@ -48,7 +49,8 @@ def test_rows(groups, work_dir):
     assert rows["everything"]["completion"][:] == ["a", "b", "c", "d"]
     assert rows["everything"]["prompt"][:] == ["p", "p", "q", "q"]
     assert rows["best"].to_dict() == {"prompt": ["p", "q"], "completion": ["b", "c"]}
-    assert rows["labelled"]["label"][:] == [False, False, True, False]
+    labels = dict(zip(rows["labelled"]["completion"], rows["labelled"]["label"], strict=True))
+    assert labels == {"a": False, "b": False, "c": True, "d": False}
     assert rows["prompts"].column_names == ["prompt"]
     assert methods.with_unit_rewards(task, groups, 0)["rewards"][:] == [[0.0, 0.5], [1.0, 0.5]]
 
@@ -144,6 +146,31 @@ def test_what_has_a_record_is_not_run_again(work_dir, tmp_path, capfd):
     assert measure(run_of(work_dir))["metrics"] == again[first]["metrics"]
 
 
+def test_a_record_of_another_budget_is_not_taken(work_dir, tmp_path):
+    plan = plan_of((0,), CoPG=COPG)
+    run_plans([plan], tmp_path, work_dir, workers=1)
+    smaller = replace(plan, overrides={**SMALL, "num_sequences": 128})
+    with pytest.raises(ValueError, match=r"is of a run with another num_sequences\. Choose another `--output`"):
+        run_plans([smaller], tmp_path, work_dir, workers=1)
+    with pytest.raises(ValueError, match="another sabotage"):
+        run_plans([plan], tmp_path, work_dir, workers=1, sabotage=True)
+
+
+def test_what_another_version_of_a_task_has_made_is_not_taken(work_dir):
+    with pytest.raises(ValueError, match=r"of other overrides\. Delete it"):
+        prepare(run_of(work_dir, num_rows=32), [0])
+
+
+def test_a_process_that_dies_takes_no_other_along(tmp_path, capfd):
+    jobs = [Job("dies", os._exit, 9, tmp_path / "dies.txt"), Job("lives", print, "hello", tmp_path / "lives.txt")]
+    assert [job.name for job in work_off(jobs, workers=1)] == ["dies"]
+    assert (tmp_path / "lives.txt").read_text() == "hello\n"
+    assert capfd.readouterr().out.splitlines() == [
+        f"[1/2] dies FAILED (9), see {tmp_path / 'dies.txt'}",
+        "[2/2] lives",
+    ]
+
+
 def test_a_run_that_fails_is_named_and_leaves_no_record(work_dir, tmp_path):
     failed = run_plans([plan_of((0,), CoPG={**COPG, "beta": -1.0})], tmp_path, work_dir, workers=1)
     assert len(failed) == 1 and "CoPG" in failed[0]
@@ -157,6 +184,26 @@ def test_a_turned_loss_is_noticed(work_dir, tmp_path):
     assert not check_sabotage(tmp_path / "committed", tmp_path / "committed")
     run_plans([plan], tmp_path / "turned", work_dir, workers=2, sabotage=True)
     assert check_sabotage(tmp_path / "turned", tmp_path / "committed")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--suite", "quick", "--tasks", "bandit", "--methods", "CoPG"], None),
+        (["--suite", "quick", "--update"], None),
+        (["--tasks", "my_task.py", "--methods", "DPO", "--output", "results"], None),
+        (["--methods", "A-Lol"], "unknown method 'A-Lol'. Known: SFT on all, "),
+        (["--suite", "quick", "--tasks", "stories"], "the quick suite has no task 'stories'"),
+        (["--suite", "quick", "--methods", "KTO"], "the quick suite has no method 'KTO'"),
+        (["--sabotage"], "are for `--suite quick`"),
+        (["--suite", "quick", "--update", "--sabotage"], "leave out everything else"),
+        (["--suite", "quick", "--update", "--seeds", "0"], "leave out everything else"),
+        (["--suite", "speed", "--methods", "PPO"], "it needs an `--output` of its own"),
+    ],
+)
+def test_a_wrong_command_line(arguments, problem):
+    found = wrong(make_parser().parse_args(arguments))
+    assert found is None if problem is None else problem in found
 
 
 def test_the_command_line_chooses():

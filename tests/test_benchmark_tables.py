@@ -3,6 +3,7 @@
 import math
 import random
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -186,11 +187,28 @@ def test_runs_that_scatter_as_they_fail():
 
 def test_better_is_a_note():
     """More score, less regret; control: the same difference the other way fails."""
-    less, more = runs("CoPG", [0.1, 0.11], regret=0.9), runs("CoPG", [0.8, 0.81], regret=0.1)
-    found = compare(more, less)
-    assert changes(found) == [("better", "score", False), ("better", "regret", False)]
-    assert str(found[0]).endswith("better: update the reference")
-    assert changes(compare(less, more)) == [("worse", "score", True), ("worse", "regret", True)]
+    for less, more, name in (
+        (runs("CoPG", [0.1, 0.11]), runs("CoPG", [0.8, 0.81]), "score"),
+        (runs("CoPG", [0.1, 0.11], regret=0.9), runs("CoPG", [0.8, 0.81], regret=0.1), "regret"),
+    ):
+        found = compare(more, less)
+        assert changes(found) == [("better", name, False)]
+        assert str(found[0]).endswith("better: update the reference")
+        assert changes(compare(less, more)) == [("worse", name, True)]
+
+
+@pytest.mark.parametrize("task", ["bandit", "dialogues"])
+def test_a_policy_that_learned_nothing_is_noticed(task):
+    """The committed results of the quick suite, in which each method's policies are replaced by the untrained one."""
+    committed = load_records(Path(__file__).parents[1] / "benchmarks" / "results" / "quick" / task)
+    (reference,) = (record for record in committed if record["method"] == "reference")
+    assert compare(committed, committed) == []
+    lazy = [{**record, "metrics": reference["metrics"]} for record in committed]
+    noticed = {finding.method for finding in compare(lazy, committed) if finding.change == "worse"}
+    # On the bandit the best of two that were drawn badly is worse than the untrained policy
+    assert noticed == {record["method"] for record in committed} - {"reference"} - (
+        {"SFT on best"} if task == "bandit" else set()
+    )
 
 
 def test_missing_runs_and_new_ones():
@@ -226,24 +244,30 @@ def rows_of(page, title):
 
 
 def test_reward_at_equal_kl():
-    """Seed 0 goes from (0, 0.1) by (1, 0.3) to (3, 0.5): 0.2 at 1/2 nat, 0.4 at 2. Seed 1 goes from (0, 0.1) to
-    (2, 0.7) and no further: 0.25 and 0.7. The setting that diverged is passed over."""
+    """Seed 0 goes from (0.1, 0.2) by (1, 0.3) to (3, 0.5): 0.25 at 0.55 nats, 0.4 at 2. Seed 1 goes from (0.2, 0.2)
+    by (1.5, 0.6) to (2, 0.7): 0.2 + 0.4 × 0.35 / 1.3 at 0.55 nats. The setting that diverged is passed over, and so is
+    β = 3, which is worse at more KL; before the first run of a seed nothing is known."""
     records = [
         untrained(),
         record("CoPG", 0.1, 0, kl=3.0, reward=0.5),
-        record("CoPG", 1.0, 0, kl=1.0, reward=0.3),
         record("CoPG", 0.1, 1, kl=2.0, reward=0.7),
-        record("CoPG", 1.0, 1, kl=math.nan, reward=math.nan),
+        record("CoPG", 1.0, 0, kl=1.0, reward=0.3),
+        record("CoPG", 1.0, 1, kl=1.5, reward=0.6),
+        record("CoPG", 5.0, 0, kl=0.1, reward=0.2),
+        record("CoPG", 5.0, 1, kl=0.2, reward=0.2),
+        record("CoPG", 3.0, 0, kl=1.2, reward=0.2),
+        record("CoPG", 3.0, 1, kl=1.7, reward=0.2),
         *(record("CoPG", 10.0, seed, kl=math.nan, reward=math.nan) for seed in (0, 1)),
     ]
     results = Results(records)
-    assert "at equal KL" not in task_page(Results(records[:-2]))  # two settings are too few for lines between them
-    assert results.rewards_at("CoPG", 0.5) == pytest.approx([0.2, 0.25])
+    assert "at equal KL" not in task_page(Results(records[:5]))  # two settings are too few for lines between them
+    assert [runs[0]["settings"]["beta"] for runs in results.frontier("CoPG")] == [5.0, 1.0, 0.1]
+    assert results.rewards_at("CoPG", 0.55) == pytest.approx([0.25, 0.2 + 0.4 * 0.35 / 1.3])
     assert results.rewards_at("CoPG", 2.0) == pytest.approx([0.4, 0.7])
-    assert results.rewards_at("CoPG", 2.5) == []
+    assert results.rewards_at("CoPG", 2.5) == results.rewards_at("CoPG", 0.15) == []
     header, _, cells = rows_of(task_page(results), "Reward against KL")
-    assert header == ["method", "0.05 nats", "0.1 nats", "0.2 nats", "0.5 nats", "1 nats", "2 nats"]
-    assert cells[4] == "0.225 [0.200, 0.250]" and cells[6] == "0.550 [0.400, 0.700]"
+    assert header == ["method", "0.2 nats", "0.5 nats", "1 nats", "2 nats"]
+    assert cells[4] == "0.550 [0.400, 0.700]"
 
 
 def test_cells():
@@ -276,8 +300,8 @@ def test_head_of_a_page():
     ).splitlines()
     assert lines[:3] == ["# toy", "", "A toy."]
     for line in (
-        "- Budget: every offline method trains on 200 completions. Counted: 200 completions trained on, 1,234 tokens"
-        " seen.",
+        "- Budget: every offline method trains on 200 completions. Counted: 200 completions in steps × batch, 1,234"
+        " tokens seen.",
         "- Grid of CoPG: learning_rate 0.0001; beta 0.1, 1, 10.",
         "- Chosen by the mean score on the validation split: reward − β × KL, with β = 0.1 per nat.",
         "- Chosen at an end of the grid, beyond which there may be better: CoPG.",

@@ -19,16 +19,16 @@ class Dialogues(Task):
 
     name = "dialogues"
     description = (
-        "Help-desk dialogues of the embedded world: four logged answers to each of 600 questions, good, mediocre, "
+        "Help-desk dialogues of the embedded world: four logged answers to each question, good, mediocre, "
         "rude or unsafe; trained on a reward that counts words, judged by one that looks up facts."
     )
     importable_reward = "trl_lol.toy:oracle_reward"
     beta = 0.02
     num_sequences, batch_size = 1600, 16
     num_completions = 1024
-    learning_rates = (3e-4, 1e-3, 3e-3)
-    betas = (0.1, 0.3, 1.0)
-    learning_rate = 5e-4
+    learning_rates = (1e-4, 3e-4, 5e-4, 1e-3, 3e-3, 5e-3)
+    betas = (0.3, 1.0)
+    beta_learning_rates = (1e-4, 5e-4, 2e-3)
     online_betas = (0.1, 0.3, 1.0)
     online_learning_rates = (3e-4,)
     num_prompts = 600

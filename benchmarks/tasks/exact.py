@@ -58,7 +58,7 @@ class ExactTask(Task):
     batch_size = 64
     num_completions = 3200
     generation_batch_size = 64
-    learning_rates = online_learning_rates = (1e-3, 3e-3)
+    learning_rates = beta_learning_rates = online_learning_rates = (1e-3, 3e-3)
 
     def make_reference(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = _make_tokenizer("".join(self.rewards))
@@ -117,11 +117,6 @@ class ExactTask(Task):
                 chosen, rejected = (first, second) if rng.random() < expit(reward - other) else (second, first)
                 rows.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
         return Dataset.from_list(rows)
-
-    def grid(self, has_beta: bool, is_online: bool) -> list[dict[str, float]]:
-        if not has_beta:
-            return super().grid(has_beta, is_online)
-        return [{"learning_rate": value, "beta": beta} for value, beta in product(self.learning_rates, self.betas)]
 
     def evaluate(
         self, policy: PreTrainedModel, reference: PreTrainedModel, split: str, *, brief: bool = False

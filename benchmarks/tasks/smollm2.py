@@ -32,7 +32,7 @@ class _SmolLM2(LoggedTask):
     )
     learning_rates = (1e-4, 3e-4)
     betas = (0.1, 1.0)
-    learning_rate = 3e-4
+    beta_learning_rates = (3e-4,)
     warm_up = 2
     num_points = 1
     batch_size = 4

@@ -74,9 +74,9 @@ class Stories(Task):
     num_sequences, batch_size = 1920, 32
     num_completions = 1920
     num_generations = 8
-    learning_rates = (1e-4, 3e-4, 1e-3, 3e-3)
-    betas = (0.03, 0.1, 1.0, 3.0)
-    learning_rate = 3e-4
+    learning_rates = (3e-5, 1e-4, 3e-4, 1e-3, 2e-3, 3e-3)
+    betas = (0.05, 0.5, 3.0)
+    beta_learning_rates = (1e-4, 5e-4)
     online_betas = (0.05, 0.2, 1.0)
     online_learning_rates = (1e-4,)
     group_size = 8
