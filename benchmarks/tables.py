@@ -233,13 +233,14 @@ def _kl_table(results: Results) -> list[str]:
     grids = [name for name, grid in results.grids.items() if len(grid) >= MIN_POINTS]
     if not grids:
         return []
-    ladder = [float(f"{digit}e{power}") for power in range(-5, 4) for digit in (1, 2, 5)]
+    ladder = [float(f"{digit}e{power}") for power in range(-5, 4) for digit in (1, 1.5, 2, 3, 5, 7)]
     columns = []
     for kl in ladder:
         cells = {name: _values_text(values) for name in grids if (values := results.rewards_at(name, kl))}
         columns.append((f"{kl:g} nats", cells))
-    # As far as a quarter of the methods come, and not where all have hardly left the untrained policy
-    columns = [column for column in columns if 4 * len(column[1]) >= len(grids)][-6:]
+    # Where most methods have runs on both sides
+    most = sorted(columns, key=lambda column: -len(column[1]))[:6]
+    columns = [column for column in columns if column in most and column[1]]
     rows = [[name, *(cells.get(name, "") for _, cells in columns)] for name in grids]
     return _table(["method", *(title for title, _ in columns)], rows)
 
