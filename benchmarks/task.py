@@ -70,6 +70,14 @@ class Task(ABC):
             Completions of a held-out prompt that a policy is judged by.
         num_points (`int`):
             Points of a learning curve, the last one being the end.
+        max_completion_length (`int`):
+            Number of tokens that are generated at most.
+        warm_up (`int`):
+            Optimizer steps over which an offline method's learning rate rises.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter to train. If `None`, all weights are trained.
+        without (`frozenset[str]`):
+            Names of methods that are left out.
     """
 
     name: ClassVar[str]
@@ -88,9 +96,9 @@ class Task(ABC):
     beta_learning_rates: tuple[float, ...] = (1e-4, 5e-4)
     online_betas: tuple[float, ...] = (0.05, 0.2, 1.0)
     online_learning_rates: tuple[float, ...] = (3e-5, 1e-4)
-    warm_up: int = 10  # steps
+    warm_up: int = 10
     peft_config: PeftConfig | None = None
-    without: frozenset[str] = frozenset()  # methods that make no sense here
+    without: frozenset[str] = frozenset()
     importable_reward: str | None = None  # "module:function" that gives `reward` without this package, for TRL 1.12
 
     def __init__(self, folder: Path) -> None:
