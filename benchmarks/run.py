@@ -119,9 +119,12 @@ class Job:
 
 
 def _work(job: Job) -> None:
-    """What a process does. Several run at once, so what each says goes to a file of its own."""
+    """What a process does, on one thread. Several run at once, so what each says goes to a file of its own."""
+    import torch
+
     from .records import write_record
 
+    torch.set_num_threads(1)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "w") as file:
         for stream in (sys.stdout, sys.stderr):
