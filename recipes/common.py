@@ -481,14 +481,14 @@ class Comparison:
             self.setup.tokenizer,
             [prompts[row] for row in rows],
             self.reward_func or unscored,
-            ref_model=self.reference,
+            ref_model=model if name == "reference" else self.reference,
             columns={column: [values[row] for row in rows] for column, values in columns.items()},
             num_generations=self.num_generations,
             max_new_tokens=self.max_new_tokens,
             seed=self.setup.args.seed,
         )
         self.samples[name] = result.pop("samples")
-        result = {"reward": result.pop("reward"), "kl": 0.0, **result}
+        result = {"reward": result.pop("reward"), "kl": result.pop("kl"), **result}
         if self.reward_func is None:
             del result["reward"], result["reward_std"]
         if self.train_reward is not None:
