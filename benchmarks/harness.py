@@ -15,9 +15,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from datasets import disable_caching, disable_progress_bars
+from datasets import disable_caching
 from transformers import Trainer, set_seed
-from transformers import logging as transformers_logging
 
 from trl_lol._cache import written_beside
 
@@ -165,12 +164,6 @@ def config_for(method: Method, task: Task, run: Run, group_size: float) -> dict[
     }
 
 
-def quiet() -> None:
-    """Only what is wrong is said: several runs write to one screen."""
-    transformers_logging.set_verbosity_error()
-    disable_progress_bars()
-
-
 def prepare(run: Run, seeds: Sequence[int]) -> None:
     """
     Make what the runs on a task share.
@@ -252,7 +245,8 @@ def measure(run: Run) -> dict[str, Any]:
     steps = {round(config["max_steps"] * i / task.num_points) for i in range(1, task.num_points)}
     curve = []
     meter = Meter(
-        lambda completions: curve.append(_point(completions, judge())), {step: round(step * seen) for step in steps}
+        lambda completions: curve.append(curve_point(completions, judge())),
+        {step: round(step * seen) for step in steps},
     )
 
     def train() -> None:
@@ -274,7 +268,7 @@ def measure(run: Run) -> dict[str, Any]:
         costs = meter.measure(train)
         metrics = {split: judge(split, brief=False) for split in ("validation", "test")}
     logs = trainer.state.log_history
-    curve.append(_point(round(config["max_steps"] * seen), metrics["validation"]))
+    curve.append(curve_point(round(config["max_steps"] * seen), metrics["validation"]))
     return {
         "task": task.name,
         "method": run.method,
@@ -304,7 +298,7 @@ def measure(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _point(completions: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+def curve_point(completions: int, metrics: Mapping[str, Any]) -> dict[str, float]:
     """A point of a learning curve: the numbers of an evaluation."""
     return {"completions": completions, **{name: value for name, value in metrics.items() if isinstance(value, float)}}
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_lol.data import tokenize_prompt
 
-from .harness import Run, _point, circumstances, info, judged
+from .harness import Run, circumstances, curve_point, info, judged
 from .trl_ppo import train_old_ppo
 
 
@@ -61,7 +61,7 @@ def measure_old_ppo(run: Run) -> dict[str, Any]:
         for count, path in measured["policies"].items():
             policy = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
             point = judged(task, policy, reference, "validation", brief=count < task.num_completions)
-            curve.append(_point(count, point))
+            curve.append(curve_point(count, point))
         metrics = {split: judged(task, policy, reference, split) for split in ("validation", "test")}
     generated = num_batches * task.generation_batch_size
     versions = circumstances()

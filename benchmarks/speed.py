@@ -31,14 +31,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PrinterCallback, Trainer
+from transformers import logging as transformers_logging
 
 from trl_lol import toy
 from trl_lol._trl import compute_flops_per_token, compute_mfu, get_peak_flops
 
-from .harness import circumstances, quiet
+from .harness import circumstances
 from .memory import SHAPES
 from .meter import Meter
 from .methods import METHODS
@@ -242,7 +243,8 @@ def peak_memory(name: str, setting: Setting) -> float:
 
 
 def _settle() -> None:
-    quiet()
+    transformers_logging.set_verbosity_error()
+    disable_progress_bars()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # waiting threads would count as CPU time
 

@@ -11,6 +11,7 @@ from datasets import Dataset
 from benchmarks import methods
 from benchmarks.harness import Run, config_for, judge_reference, measure, prepare
 from benchmarks.methods import METHODS
+from benchmarks.old_ppo import measure_old_ppo
 from benchmarks.run import FULL, QUICK, Job, Plan, check_sabotage, make_parser, run_plans, select, work_off, wrong
 from benchmarks.task import TASKS, load_task
 
@@ -116,6 +117,30 @@ def test_an_online_run_counts_what_it_generates(work_dir):
     counts = measure(run_of(work_dir, "PPO", settings=settings))["counts"]
     assert counts["generated"] == counts["generated_tokens"] == counts["reward_calls"] == 320
     assert counts["sequences"] == 4 * 320  # passes
+
+
+def test_the_old_ppo_is_judged_like_the_others(work_dir, monkeypatch):
+    """320 completions are 5 batches of 64, and the curve has points after 1, 2, 4 and 5. What would be trained in
+    another environment is the reference here, whose regret is that of the untrained policy."""
+    specs = []
+
+    def train(python: Path, spec: dict, folder: Path) -> dict:
+        specs.append(json.loads(json.dumps(spec)))
+        policies = {batches * spec["batch_size"]: spec["model"] for batches in spec["judged_batches"]}
+        return {"policies": policies, "costs": {"wall_s": 1.0}, "updates_per_batch": 4, "versions": {"trl": "1.12.0"}}
+
+    monkeypatch.setattr("benchmarks.old_ppo.train_old_ppo", train)
+    settings = {"learning_rate": 1e-3, "beta": 0.5}
+    run = run_of(work_dir, methods.OLD_PPO, settings=settings, importable_reward="module:function")
+    record = measure_old_ppo(replace(run, old_ppo="python"))
+    assert json.loads(json.dumps(record)) == record and record["settings"] == settings
+    assert record["metrics"]["test"]["regret"] == pytest.approx(0.2919, abs=1e-4)
+    assert [point["completions"] for point in record["curve"]] == [64, 128, 256, 320]
+    assert record["counts"]["sequences"] == 4 * 320 and record["versions"]["trl"] == "1.12.0"
+    (spec,) = specs
+    assert spec["settings"] == {"learning_rate": 1e-3, "kl_coef": 0.5} and spec["reward"] == "module:function"
+    ids = run.load_task().tokenizer.apply_chat_template(spec["prompts"][0], add_generation_prompt=True)["input_ids"]
+    assert spec["prompt_ids"] == [ids] * 64
 
 
 def test_an_attribute_that_a_task_has_not(work_dir):
