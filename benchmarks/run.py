@@ -101,6 +101,7 @@ FULL = [
     Plan("stories"),
     Plan("stories_k2", methods=GROUP_SIZES),
     Plan("stories_k4", methods=GROUP_SIZES),
+    Plan("stories_long", methods=("RLOO", "PPO", "APA")),
     Plan("gsm8k"),
     Plan("hh"),
 ]

@@ -30,6 +30,7 @@ TASKS = {
     "stories": "benchmarks.tasks.stories:Stories",
     "stories_k2": "benchmarks.tasks.stories:StoriesOf2",
     "stories_k4": "benchmarks.tasks.stories:StoriesOf4",
+    "stories_long": "benchmarks.tasks.stories:LongStories",
     "gsm8k": "benchmarks.tasks.smollm2:GSM8K",
     "hh": "benchmarks.tasks.smollm2:HH",
 }
