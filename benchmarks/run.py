@@ -98,10 +98,10 @@ FULL = [
     Plan("bandit"),
     Plan("two_steps"),
     Plan("dialogues"),
+    Plan("dialogues_long", methods=("PPO", "APA")),
     Plan("stories"),
     Plan("stories_k2", methods=GROUP_SIZES),
     Plan("stories_k4", methods=GROUP_SIZES),
-    Plan("stories_long", methods=("RLOO", "PPO", "APA")),
     Plan("gsm8k"),
     Plan("hh"),
 ]

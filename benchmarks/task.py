@@ -25,12 +25,12 @@ from trl_lol.evaluation import evaluate_policy
 # Name: module and class. A task of your own is named by its file: `--tasks my_task.py`
 TASKS = {
     "dialogues": "benchmarks.tasks.dialogues:Dialogues",
+    "dialogues_long": "benchmarks.tasks.dialogues:LongDialogues",
     "bandit": "benchmarks.tasks.exact:Bandit",
     "two_steps": "benchmarks.tasks.exact:TwoSteps",
     "stories": "benchmarks.tasks.stories:Stories",
     "stories_k2": "benchmarks.tasks.stories:StoriesOf2",
     "stories_k4": "benchmarks.tasks.stories:StoriesOf4",
-    "stories_long": "benchmarks.tasks.stories:LongStories",
     "gsm8k": "benchmarks.tasks.smollm2:GSM8K",
     "hh": "benchmarks.tasks.smollm2:HH",
 }

@@ -79,3 +79,12 @@ class Dialogues(Task):
 
     def judge(self, prompts: list, completions: list, **columns: Any) -> list[float | None]:
         return toy.heldout_reward(prompts, completions)
+
+
+class LongDialogues(Dialogues):
+    """The same for four times as many completions, where the KL costs least: does a policy collapse?"""
+
+    name = "dialogues_long"
+    num_completions = 4 * Dialogues.num_completions
+    num_points = 8
+    online_betas = (0.1,)

@@ -129,12 +129,3 @@ class StoriesOf4(Stories):
 
     name = "stories_k4"
     group_size = 4
-
-
-class LongStories(Stories):
-    """The same for four times as many completions, where the KL costs least: does a policy collapse?"""
-
-    name = "stories_long"
-    num_completions = 4 * Stories.num_completions
-    num_points = 8
-    online_betas = (0.05,)
