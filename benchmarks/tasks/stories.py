@@ -75,8 +75,8 @@ class Stories(Task):
     num_completions = 1920
     num_generations = 8
     learning_rates = (3e-5, 1e-4, 3e-4, 1e-3, 2e-3, 3e-3)
-    betas = (0.05, 0.5, 3.0)
-    beta_learning_rates = (1e-4, 5e-4)
+    betas = (0.05, 0.1, 0.2, 0.5, 1.0, 3.0)  # of CoPG the small ones matter, of DPO and IPO the large ones
+    beta_learning_rates = (1e-4,)
     online_betas = (0.05, 0.2, 1.0)
     online_learning_rates = (1e-4,)
     group_size = 8
