@@ -82,9 +82,9 @@ class Dialogues(Task):
 
 
 class LongDialogues(Dialogues):
-    """The same for four times as many completions, where the KL costs least: does a policy collapse?"""
+    """The same for three times as many completions, where the KL costs least: does a policy collapse?"""
 
     name = "dialogues_long"
-    num_completions = 4 * Dialogues.num_completions
+    num_completions = 3 * Dialogues.num_completions
     num_points = 8
     online_betas = (0.1,)

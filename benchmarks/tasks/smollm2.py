@@ -36,7 +36,7 @@ class _SmolLM2(LoggedTask):
     num_points = 1
     batch_size = 4
     max_completion_length = 32
-    num_generated = 16
+    num_generated = 8
     judging_batch_size = 8
     held_out = 0.25
     without = frozenset(METHODS) - COMPARED
@@ -75,7 +75,7 @@ class GSM8K(_SmolLM2):
     max_length = 160
     num_groups = 20
     num_sequences = 80
-    num_judged = 24
+    num_judged = 16
 
     def load(self) -> DatasetDict:
         return super().load().map(lambda row: {"prompt": row["prompt"] + "\n"})
@@ -94,4 +94,4 @@ class HH(_SmolLM2):
     max_length = 112
     num_groups = 64
     num_sequences = 128
-    num_judged = 60
+    num_judged = 40
