@@ -239,7 +239,7 @@ def _kl_table(results: Results) -> list[str]:
         cells = {name: _values_text(values) for name in grids if (values := results.rewards_at(name, kl))}
         columns.append((f"{kl:g} nats", cells))
     # Where most methods have runs on both sides
-    most = sorted(columns, key=lambda column: -len(column[1]))[:6]
+    most = sorted(columns, key=lambda column: -len(column[1]))[:8]
     columns = [column for column in columns if column in most and column[1]]
     rows = [[name, *(cells.get(name, "") for _, cells in columns)] for name in grids]
     return _table(["method", *(title for title, _ in columns)], rows)

@@ -266,7 +266,7 @@ def test_reward_at_equal_kl():
     assert results.rewards_at("CoPG", 2.0) == pytest.approx([0.4, 0.7])
     assert results.rewards_at("CoPG", 2.5) == results.rewards_at("CoPG", 0.15) == []
     header, _, cells = rows_of(task_page(results), "Reward against KL")
-    assert header == ["method", "0.2 nats", "0.3 nats", "0.5 nats", "0.7 nats", "1 nats", "1.5 nats"]
+    assert header == ["method", "0.2 nats", "0.3 nats", "0.5 nats", "0.7 nats", "1 nats", "1.5 nats", "2 nats"]
     # 0.2 + 0.1 × 0.1 / 0.9 and 0.2 + 0.4 × 0 at 0.2 nats
     assert cells[1] == "0.206 [0.200, 0.211]"
 
