@@ -2,7 +2,7 @@
 Every method on the same work, from the root of the repository:
 
     python -m benchmarks.run --suite quick    # minutes: has a method become worse than in the committed results?
-    python -m benchmarks.run --suite full     # a night: tables and plots under benchmarks/results/full
+    python -m benchmarks.run --suite full     # hours: tables and plots under benchmarks/results/full
     python -m benchmarks.run --suite speed    # what a step costs beside SFT's, or GRPO's
 
 A task of your own, from a file (see OWN_TASK.md):
