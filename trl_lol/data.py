@@ -6,6 +6,7 @@ and one reward for each. A dataset row with a single completion is a group of on
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from reprlib import repr as shortened
@@ -20,6 +21,7 @@ from transformers.utils import logging
 from trl import extract_prompt, is_conversational
 
 from ._trl import common_prefix_length, get_dataset_column_names, pad, tokenize
+from .shared_prompts import completion_tokens, is_worth_sharing, share_prompts
 
 
 logger = logging.get_logger(__name__)
@@ -415,6 +417,46 @@ def _join_rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     return {name: column for name, column in grouped.items() if name not in ("completion", "reward", "label")}
 
 
+def batches_by_prompt(
+    prompts: list[list[int]], completions: list[list[list[int]]], batch_size: int, share: bool = False
+) -> list[list[list[int]]]:
+    """
+    Rows in batches of similar length, longest first, so that what does not fit fails at once.
+
+    Args:
+        prompts (`list[list[int]]`):
+            Tokens of the prompt of each row.
+        completions (`list[list[list[int]]]`):
+            Tokens of the completions of each row.
+        batch_size (`int`):
+            Number of rows in a batch, at most.
+        share (`bool`, *optional*, defaults to `False`):
+            Whether rows of the same prompt are to come together, as one group.
+
+    Returns:
+        `list[list[list[int]]]`: Batches of groups of row indices.
+    """
+    sizes = [len(p) + max(map(len, cs)) for p, cs in zip(prompts, completions, strict=True)]
+    order = sorted(range(len(prompts)), key=sizes.__getitem__, reverse=True)
+    groups: list[list[int]] = []
+    of_prompt: dict[Any, list[int]] = {}
+    for row in order:
+        key = tuple(prompts[row]) if share else row
+        if len(group := of_prompt.setdefault(key, [])) % batch_size == 0:
+            group = of_prompt[key] = []
+            groups.append(group)
+        group.append(row)
+    batches: list[list[list[int]]] = []
+    room = 0
+    for group in groups:
+        if len(group) > room:
+            batches.append([])
+            room = batch_size
+        batches[-1].append(group)
+        room -= len(group)
+    return batches
+
+
 def group_mask(group_ids: Tensor) -> Tensor:
     """
     Layout of the groups of a batch as the rows of a matrix: `x.new_zeros(mask.shape).masked_scatter(mask, x)` puts one
@@ -434,58 +476,112 @@ def group_mask(group_ids: Tensor) -> Tensor:
 @dataclass
 class DataCollatorForGroups(DataCollatorMixin):
     """
-    Data collator for groups of scored completions. Every completion becomes one right-padded sequence of prompt and
-    completion; the sequences of a group follow each other.
+    Data collator for groups of scored completions.
+
+    Every completion becomes one right-padded sequence of prompt and completion; the sequences of a group follow each
+    other. Where it saves enough, and as far as `max_shared_length` allows, a group becomes one sequence instead, in
+    which its completions share the prompt: see [`~trl_lol.shared_prompts.share_prompts`].
 
     The examples hold `prompt_ids`, `completion_ids` (one list per completion), and optionally `rewards`, `advantages`
-    and `ref_logps` with one entry per completion. The batch holds, for `batch` sequences in all:
+    and `ref_logps` with one entry per completion. The batch holds, for `batch` completions in all:
 
-    - `input_ids`, `attention_mask`, `completion_mask`: `(batch, seq_len)`
     - `group_ids`: `(batch,)`, equal for the completions of one row
+    - `input_ids`, `attention_mask`, `completion_mask`: `(batch, seq_len)`, or `(num_groups, seq_len)` if prompts are
+      shared
+    - only if prompts are shared, `position_ids` and `branch_ids` (0 for the prompt, 1, 2, ... for the completions, -1
+      for padding): `(num_groups, seq_len)`; `branch_index`, the places of each completion's branch in its sequence, -1
+      for padding: `(batch, branch_len)`
     - `rewards`, `advantages`: `(batch,)`
-    - `ref_logps`: `(batch, seq_len - 1)`, aligned with the next-token log-probabilities, 0 outside the completion
+    - `ref_logps`: `(batch, seq_len - 1)`, aligned with the next-token log-probabilities, 0 outside the completion; if
+      prompts are shared `(batch, branch_len - 1)`, as [`~trl_lol.shared_prompts.per_completion`] gives them
 
     Args:
         pad_token_id (`int`):
             Token ID to use for padding.
         max_length (`int`, *optional*):
-            Maximum length of a sequence, in tokens; the end of longer ones is cut off.
+            Maximum length of a sequence of prompt and completion, in tokens; the end of longer ones is cut off.
         pad_to_multiple_of (`int`, *optional*):
             If set, the sequences are padded to a multiple of this value.
+        max_shared_length (`int`, *optional*, defaults to `0`):
+            Longest prompt with a completion, in tokens, up to which prompts are shared. 0 never shares them.
+        is_dense (`bool`, *optional*, defaults to `False`):
+            Whether attention computes masked pairs of tokens, too, which is to be weighed against the tokens saved.
     """
 
     pad_token_id: int
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     return_tensors: str = "pt"
+    max_shared_length: int = 0
+    is_dense: bool = False
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        input_ids, completion_mask, group_ids = [], [], []
-        for group, example in enumerate(examples):
-            prompt_ids = example["prompt_ids"]
-            for completion_ids in example["completion_ids"]:
-                mask = [0] * len(prompt_ids) + [1] * len(completion_ids)
-                input_ids.append(torch.tensor((prompt_ids + completion_ids)[: self.max_length]))
-                completion_mask.append(torch.tensor(mask[: self.max_length]))
-                group_ids.append(group)
-        attention_mask = [torch.ones_like(ids) for ids in input_ids]
+        return self.collate(examples, self._shares(examples))
 
-        def padded(sequences: list[Tensor], value: int) -> Tensor:
-            return pad(sequences, value, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
+    def collate(self, examples: list[dict[str, Any]], share: bool) -> dict[str, Tensor]:
+        """
+        Make a batch in a given layout.
 
-        batch = {
-            "input_ids": padded(input_ids, self.pad_token_id),
-            "attention_mask": padded(attention_mask, 0),
-            "completion_mask": padded(completion_mask, 0),
-            "group_ids": torch.tensor(group_ids),
-        }
+        Args:
+            examples (`list[dict[str, Any]]`):
+                The groups.
+            share (`bool`):
+                Whether completions share their prompt, worth while or not.
+
+        Returns:
+            `dict[str, torch.Tensor]`: The batch.
+        """
+        sizes = [len(example["completion_ids"]) for example in examples]
+        # First, since the length of the first tensor is the number of samples to whoever averages over batches
+        batch = {"group_ids": torch.arange(len(examples)).repeat_interleave(torch.tensor(sizes))}
+        batch |= self._shared(examples) if share else self._repeated(examples)
         for name in ("rewards", "advantages"):
             if name in examples[0]:
                 # A column of booleans or integers stays one, whatever tokenising makes of its rewards
                 values = [value for example in examples for value in example[name]]
                 batch[name] = torch.tensor(values, dtype=torch.float)
         if "ref_logps" in examples[0]:
-            scored = batch["completion_mask"][:, 1:].bool()
+            scored = completion_tokens(batch).bool()
             ref_logps = [logp for example in examples for logps in example["ref_logps"] for logp in logps]
             batch["ref_logps"] = torch.zeros(scored.shape).masked_scatter(scored, torch.tensor(ref_logps))
         return batch
+
+    def _repeated(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        input_ids, completion_mask = [], []
+        for example in examples:
+            prompt_ids = example["prompt_ids"]
+            for completion_ids in example["completion_ids"]:
+                mask = [0] * len(prompt_ids) + [1] * len(completion_ids)
+                input_ids.append(torch.tensor((prompt_ids + completion_ids)[: self.max_length]))
+                completion_mask.append(torch.tensor(mask[: self.max_length]))
+        return self._padded({"input_ids": input_ids, "completion_mask": completion_mask})
+
+    def _shared(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        columns = share_prompts(
+            [example["prompt_ids"] for example in examples],
+            [example["completion_ids"] for example in examples],
+            self.max_length,
+        )
+        branch_index = pad(columns.pop("branch_index"), -1, padding_side="right")
+        return {**self._padded(columns), "branch_index": branch_index}
+
+    def _padded(self, columns: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        columns = {**columns, "attention_mask": [torch.ones_like(ids) for ids in columns["input_ids"]]}
+        values = {"input_ids": self.pad_token_id, "branch_ids": -1}
+        return {
+            name: pad(rows, values.get(name, 0), padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
+            for name, rows in columns.items()
+        }
+
+    def _shares(self, examples: list[dict[str, Any]]) -> bool:
+        prompts = [len(example["prompt_ids"]) for example in examples]
+        longest = math.inf if self.max_length is None else self.max_length
+        completions = [
+            [min(len(ids), longest - prompt) for ids in example["completion_ids"]]
+            for prompt, example in zip(prompts, examples, strict=True)
+        ]
+        if max(prompt + max(lengths) for prompt, lengths in zip(prompts, completions, strict=True)) > (
+            self.max_shared_length
+        ):
+            return False
+        return is_worth_sharing(prompts, completions, self.is_dense)

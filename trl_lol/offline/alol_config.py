@@ -74,6 +74,14 @@ class ALoLConfig(_OfflineRewardConfig):
             Weights of the reward functions. Must match the number of reward functions. If `None`, all rewards are
             weighted equally with weight `1.0`.
 
+        > Parameters that control the layout
+
+        shared_prompts (`bool`, *optional*, defaults to `False`):
+            Whether `precompute_ref_log_probs` computes the completions of one prompt in one sequence, with the prompt
+            in it once. The log-probabilities are the same up to rounding. Training has nothing to share: it draws
+            completions one by one. Takes models whose attention is `sdpa`, `eager` or `flex_attention`, without
+            recurrent layers or windows shorter than the sequences, which is checked.
+
     > [!NOTE]
     > `learning_rate` defaults to `1e-5` instead of the `1e-6` of [`~trl.DPOConfig`]: the loss is a weighted
     > log-likelihood, and takes the step sizes of supervised fine-tuning. The paper uses 2e-4 with LoRA.
@@ -208,6 +216,11 @@ class ALoLConfig(_OfflineRewardConfig):
             raise ValueError(
                 "`sync_ref_model=True` moves the reference, but the advantages are those over the initial one. Remove "
                 "it, and run a second round of A-LoL from the trained policy instead."
+            )
+        if self.shared_prompts and not self.precompute_ref_log_probs:
+            raise ValueError(
+                "`shared_prompts=True` is for `precompute_ref_log_probs=True`: A-LoL trains on completions one by "
+                "one, which have no prompt to share. Set both, or neither."
             )
         if self.epsilon is not None and not self.epsilon > 0:
             raise ValueError(f"`epsilon={self.epsilon}` must be positive, or `None` for no clamping.")

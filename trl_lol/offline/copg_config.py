@@ -27,6 +27,15 @@ class CoPGConfig(_OfflineRewardConfig):
             Weights of the reward functions. Must match the number of reward functions. If `None`, all rewards are
             weighted equally with weight `1.0`.
 
+        > Parameters that control the layout
+
+        shared_prompts (`bool`, *optional*, defaults to `False`):
+            Whether the completions of a group are computed in one sequence, with the prompt in it once. Losses and
+            gradients are the same up to rounding; the more completions a prompt has, and the longer it is beside
+            them, the faster it gets. Batches in which it would save less than a tenth of the tokens are computed as
+            ever. Takes models whose attention is `sdpa`, `eager` or `flex_attention`, without recurrent layers or
+            windows shorter than the sequences, which is checked.
+
     > [!NOTE]
     > A row is a group of completions, which is never split: `per_device_train_batch_size` counts groups.
     """

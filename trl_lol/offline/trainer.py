@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model, tqdm
 from datasets import Dataset, Features, IterableDataset, Value
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOTrainer
 
@@ -31,6 +31,7 @@ from .._trl import (
 from ..data import (
     TOKENIZED,
     DataCollatorForGroups,
+    batches_by_prompt,
     check_columns,
     group_by_prompt,
     has_single_completions,
@@ -39,6 +40,13 @@ from ..data import (
 from ..engines import check_engine, placed_policy, uses_fsdp
 from ..generation import evaluating
 from ..rewards import RewardFunc, score_dataset
+from ..shared_prompts import (
+    attention_kwargs,
+    check_architecture,
+    check_log_probs,
+    completion_tokens,
+    per_completion,
+)
 from .base_config import _OfflineRewardConfig
 from .sampling import EpochSampler
 
@@ -86,6 +94,11 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
             raise ValueError(
                 "`reward_weights` is set, but there are no `reward_funcs` to weight. Pass them, or remove it."
             )
+        if args.shared_prompts and data_collator is not None:
+            raise ValueError(
+                "`shared_prompts=True` is a layout of the default data collator, and a `data_collator` is passed. "
+                "Leave it out, or set `shared_prompts=False`."
+            )
         if isinstance(train_dataset, Dataset | IterableDataset):  # DPOTrainer's constructor rejects anything else
             check_columns(_column_names(train_dataset, "train"))
         is_own_reference = ref_model is None and args.precompute_ref_log_probs
@@ -118,6 +131,8 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
             self.data_collator = DataCollatorForGroups(
                 self._tokenizer.pad_token_id, args.max_length, args.pad_to_multiple_of
             )
+        if args.shared_prompts:
+            self._share_prompts()
         self.train_dataset = self._finish_dataset(self.train_dataset, "train", is_train=True)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self._finish_dataset(d, name) for name, d in self.eval_dataset.items()}
@@ -138,6 +153,11 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
             return dataset
         check_columns(columns)
         is_map_style = isinstance(dataset, Dataset)
+        if args.shared_prompts and not is_map_style:
+            raise ValueError(
+                f"`shared_prompts=True` needs the whole dataset, to try the layout on its longest group, and the "
+                f"{dataset_name} dataset is an `IterableDataset`. Set it to `False`, or pass a `Dataset`."
+            )
         needs_grouping = self._min_completions > 1 and has_single_completions(columns)
         if needs_grouping and not is_map_style:
             raise ValueError(
@@ -277,19 +297,27 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
         )
 
     @contextmanager
-    def _reference_policy(self) -> Iterator[PreTrainedModel]:
-        """The frozen reference policy, without wrappers or adapters. Within it, the policy itself is off limits."""
+    def _reading(self, is_reference: bool) -> Iterator[PreTrainedModel]:
+        """
+        The policy or its frozen reference to be read, without wrappers, the reference without the policy's adapter.
+        Within it, the other one is off limits.
+        """
+        read = self.ref_model if is_reference and self.ref_model is not None else self.model
         with ExitStack() as stack:
-            if self.ref_model is None:
+            if read is self.model:
                 stack.enter_context(placed_policy(self))
-            stack.enter_context(evaluating(self.ref_model or self.model))
+            stack.enter_context(evaluating(read))
             stack.enter_context(disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs))
-            if self.ref_model is None and is_peft_model(self.model):
+            if is_reference and read is self.model and is_peft_model(self.model):
                 policy = self.accelerator.unwrap_model(self.model)
                 stack.enter_context(use_adapter(policy, "ref" if "ref" in policy.peft_config else None))
             stack.enter_context(self.accelerator.autocast())
-            model = self.accelerator.unwrap_model(self.ref_model or self.model)
+            model = self.accelerator.unwrap_model(read)
             yield model.get_base_model() if is_peft_model(model) else model
+
+    def _reference_policy(self) -> AbstractContextManager[PreTrainedModel]:
+        """The frozen reference policy, without wrappers or adapters. Within it, the policy itself is off limits."""
+        return self._reading(is_reference=True)
 
     def compute_ref_log_probs(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
         """
@@ -299,14 +327,15 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
             model ([`~transformers.PreTrainedModel`]):
                 The reference model, or the policy when the reference is within it (PEFT).
             inputs (`dict[str, torch.Tensor]`):
-                Padded batch.
+                The batch of [`~trl_lol.data.DataCollatorForGroups`].
 
         Returns:
-            `torch.Tensor`: Log-probabilities in nats, of shape `(batch, seq_len - 1)`, 0 outside the completion.
+            `torch.Tensor`: Log-probabilities in nats, of shape `(batch, seq_len - 1)`, or `(batch, branch_len - 1)`
+            where prompts are shared; 0 outside the completion.
         """
         with self._reference_policy():
-            outputs = model(**_model_kwargs(inputs), fused_lm_head=True)
-        return outputs.log_probs[:, 1 - inputs["input_ids"].size(1) :]
+            outputs = model(**self._model_kwargs(inputs, self.accelerator.unwrap_model(model)), fused_lm_head=True)
+        return per_completion(outputs.log_probs[:, 1 - inputs["input_ids"].size(1) :], inputs)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if isinstance(dataset, IterableDataset):
@@ -316,34 +345,91 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
             )
         if not self._constructed or "ref_logps" in dataset.column_names:
             return dataset  # `_finish_dataset` comes here once the rows to keep are known
+        shares = self.args.shared_prompts
 
         def compute() -> dict[str, Tensor]:
-            prompts, completions = dataset["prompt_ids"], dataset["completion_ids"]
-            sizes = [len(p) + max(map(len, c)) for p, c in zip(prompts, completions, strict=True)]
-            order = sorted(range(len(dataset)), key=sizes.__getitem__, reverse=True)
-            # Every rank gets as many rows, the first ones twice if need be: a forward may be collective (ZeRO-3)
-            order += order[: -len(order) % self.accelerator.num_processes]
-            mine = order[self.accelerator.process_index :: self.accelerator.num_processes]
-            rows = dataset.select(mine).select_columns(["prompt_ids", "completion_ids"])
+            prompts, completions = dataset["prompt_ids"][:], dataset["completion_ids"][:]
+            batches = batches_by_prompt(prompts, completions, batch_size, shares)
+            # Every rank gets as many batches, the first ones twice if need be: a forward may be collective (ZeRO-3)
+            batches += batches[: -len(batches) % self.accelerator.num_processes]
+            mine = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+            members: list[tuple[int, int]] = []
             logps: list[Tensor] = []
-            for batch in tqdm(
-                DataLoader(rows, batch_size, collate_fn=self.data_collator),
-                desc=f"Computing reference log probs for {name} dataset",
-            ):
-                batch = self._prepare_inputs(batch)
-                scored = batch["completion_mask"][:, 1:].bool().cpu()
+            for groups in tqdm(mine, desc=f"Computing reference log probs for {name} dataset"):
+                members += [(row, i) for rows in groups for row in rows for i in range(len(completions[row]))]
+                examples = [
+                    {"prompt_ids": prompts[rows[0]], "completion_ids": [c for row in rows for c in completions[row]]}
+                    for rows in groups
+                ]
+                batch = self._prepare_inputs(self.data_collator(examples))
+                scored = completion_tokens(batch).bool().cpu()
                 batch_logps = self.compute_ref_log_probs(self.ref_model or self.model, batch).cpu()
                 logps += [row[kept] for row, kept in zip(batch_logps, scored, strict=True)]
-            members = [(row, member) for row in mine for member in range(len(completions[row]))]
             by_member = dict(gather_object(list(zip(members, logps, strict=True))))
             sequences = [by_member[member] for member in sorted(by_member)]
             return {"logps": torch.cat(sequences), "lengths": torch.tensor([len(s) for s in sequences])}
 
         key = (content_key(dataset, ["prompt_ids", "completion_ids"]), self._reference_key, self.args.max_length)
+        key += ("shared_prompts",) if shares else ()  # the same up to rounding, but a run is to find its own again
         tensors = cached(self.cache_dir, f"ref_logps_{name}", key, compute)
         per_sequence = _list_array(pa.array(tensors["logps"].numpy()), tensors["lengths"])
         per_row = _list_array(per_sequence, torch.tensor([len(c) for c in dataset["completion_ids"]]))
         return dataset.add_column("ref_logps", per_row)
+
+    # ---- Shared prompts ----
+
+    def _model_kwargs(self, inputs: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Any]:
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        attention = attention_kwargs(inputs, model, self.args.torch_compile)
+        return {"input_ids": inputs["input_ids"], **attention, "labels": labels, "use_cache": False}
+
+    def _share_prompts(self) -> None:
+        """Have prompts shared up to the length of the longest sequence, whose group the layout is tried on."""
+        trains_on_groups = self._min_completions > 1
+        if trains_on_groups and self.aux_loss_enabled:
+            raise ValueError(
+                "The load-balancing loss of a mixture of experts counts the tokens of each sequence, and with "
+                "`shared_prompts=True` those of a prompt count once. Set `shared_prompts=False`, or "
+                '`model_init_kwargs={"router_aux_loss_coef": 0.0}`.'
+            )
+        longest, example = self._longest_group()
+        models = [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model) if m is not None]
+        for model in models:
+            check_architecture(model, longest)
+        collator = self.data_collator
+        collator.max_shared_length = longest
+        collator.is_dense = self.args.torch_compile or any(
+            m.config.get_text_config()._attn_implementation == "eager" for m in models
+        )
+
+        repeated, shared = (self._prepare_inputs(collator.collate([example], share)) for share in (False, True))
+        precision = (self.accelerator.mixed_precision, torch.get_float32_matmul_precision())
+        # Engines can call a policy beside its reference only once it is trained
+        has_engine = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        for is_reference in (True,) if has_engine or not trains_on_groups else (True, False):
+            with self._reading(is_reference) as model:
+
+                def log_probs(inputs: dict[str, Tensor], replaced: dict[str, Any]) -> Tensor:
+                    kwargs = {**self._model_kwargs(inputs, model), **replaced}
+                    return per_completion(model(**kwargs, fused_lm_head=True).log_probs, inputs)
+
+                is_exact = model.dtype == torch.float32 and precision == ("no", "highest")
+                check_log_probs(log_probs, repeated, shared, is_exact)
+
+    def _longest_group(self) -> tuple[int, dict[str, Any]]:
+        """Tokens of the longest prompt with a completion, and its row with up to three of the completions."""
+        max_length = math.inf if self.args.max_length is None else self.args.max_length
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        longest, example = 0, {}
+        for dataset in (self.train_dataset, *filter(None, evaluated)):
+            rows = zip(dataset["prompt_ids"], dataset["completion_ids"], strict=True)
+            lengths = [min(len(prompt) + max(map(len, completions)), max_length) for prompt, completions in rows]
+            if max(lengths) > longest:
+                longest = max(lengths)
+                row = dataset[lengths.index(longest)]
+                completions = 2 * sorted(row["completion_ids"], key=len, reverse=True)
+                example = {"prompt_ids": row["prompt_ids"], "completion_ids": completions[:3]}
+        return longest, example
 
     # ---- Loss ----
 
@@ -373,13 +459,16 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
         self, model: PreTrainedModel, inputs: dict[str, Tensor], return_outputs: bool
     ) -> "Tensor | tuple[Tensor, Any]":
         mode = "train" if self.model.training else "eval"
-        kwargs = _model_kwargs(inputs)
+        kwargs = self._model_kwargs(inputs, self.model)
         if self.aux_loss_enabled:  # MoE: the load-balancing loss is made from the router logits
             kwargs["output_router_logits"] = True
-        mask = inputs["completion_mask"][:, 1:]
         outputs = model(**kwargs, fused_lm_head=True)
-        # Prompt-learning PEFT prepends virtual tokens to the outputs; keep the positions of the real tokens
-        logps = outputs.log_probs[:, -mask.size(1) :]
+
+        def by_completion(x: Tensor) -> Tensor:
+            # Prompt-learning PEFT prepends virtual tokens to the outputs; keep the positions of the real tokens
+            return per_completion(x[:, 1 - inputs["input_ids"].size(1) :], inputs)
+
+        mask, logps = completion_tokens(inputs), by_completion(outputs.log_probs)
         ref_logps = inputs.get("ref_logps")
         if ref_logps is None:
             ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
@@ -390,8 +479,8 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
             metrics["aux_loss"] = outputs.aux_loss
 
         scored = mask.bool()
-        metrics["entropy"] = outputs.entropy[:, -mask.size(1) :][scored]
-        metrics["mean_token_accuracy"] = outputs.is_top1[:, -mask.size(1) :][scored]
+        metrics["entropy"] = by_completion(outputs.entropy)[scored]
+        metrics["mean_token_accuracy"] = by_completion(outputs.is_top1)[scored]
         metrics["logps/mean"] = logps.sum(1)
         metrics["logratio/mean"] = (logps - ref_logps).sum(1)
         metrics["rewards/mean"] = inputs["rewards"]
@@ -427,12 +516,6 @@ def _column_names(dataset: Dataset | IterableDataset, name: str) -> list[str]:
 def _is_trainable(row: dict[str, Any], max_length: int | None, min_completions: int) -> bool:
     fits = max_length is None or len(row["prompt_ids"]) < max_length
     return fits and len(row["completion_ids"]) >= min_completions
-
-
-def _model_kwargs(inputs: dict[str, Tensor]) -> dict[str, Any]:
-    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-    attention_mask = inputs["attention_mask"]
-    return {"input_ids": inputs["input_ids"], "attention_mask": attention_mask, "labels": labels, "use_cache": False}
 
 
 def _list_array(values: pa.Array, lengths: Tensor) -> pa.Array:
