@@ -213,42 +213,51 @@ class _Branches:
         return dense_mask(self.branch_ids)
 
     def __post_init__(self) -> None:
-        places, (rows, length) = self.branch_index, self.branch_ids.shape
-        num_branches, width = places.shape
-        trunks = (self.branch_ids == 0).sum(1)
-        self.trunk = int(trunks.max())  # tokens of the longest prompt
-        steps = torch.arange(max(self.trunk, width), device=places.device)
+        (rows, length), (num_branches, width) = self.branch_ids.shape, self.branch_index.shape
+        device = self.branch_ids.device
+        prompt_lengths = (self.branch_ids == 0).sum(1)
+        prompt = torch.arange(int(prompt_lengths.max()), device=device)
+        start = length * torch.arange(rows, device=device).unsqueeze(1)  # of a row, in the batch as one sequence
+        is_prompt = prompt < prompt_lengths.unsqueeze(1)
 
-        # From tokens to branches. What pads a branch is some token of its row, which nothing reads
-        self.to_branches = places.clamp(min=0) + length * self.row_ids.unsqueeze(1)
-        of_prompt = (steps[: self.trunk] < trunks[self.row_ids].unsqueeze(1)).unsqueeze(1).expand(-1, width, -1)
-        of_branch = (steps[:width] <= steps[:width].unsqueeze(1)).expand(num_branches, -1, -1)
-        self.visible = torch.cat([of_prompt, of_branch], dim=2).unsqueeze(1)
+        # Where tokens are taken from. A prompt is filled up with what follows it, and a branch with some token of its
+        # row, which nothing attends to and whose outputs are not read
+        prompts = start + prompt
+        branches = start[self.row_ids] + self.branch_index.clamp(min=0)
+        keys = torch.cat([prompts[self.row_ids], branches], dim=1)
+        self.queries = torch.cat([prompts.view(-1), branches.view(-1)])
+        self.keys = torch.cat([prompts.view(-1), keys.view(-1)])
+        self.prompts, self.branches = (rows, len(prompt)), (num_branches, width)
 
-        # And back: from the prompts' outputs, followed by those of the branches, to tokens
-        back = torch.arange(length, device=places.device).clamp(max=max(self.trunk - 1, 0)).repeat(rows, 1)
-        back += self.trunk * torch.arange(rows, device=places.device).unsqueeze(1)
-        outputs = rows * self.trunk + torch.arange(places.numel(), device=places.device).view_as(places)
-        is_token = places >= 0
-        self.to_tokens = back.view(-1).index_put((self.to_branches[is_token],), outputs[is_token]).view(rows, length)
+        is_before = torch.ones(width, width, dtype=torch.bool, device=device).tril().expand(num_branches, -1, -1)
+        self.visible = torch.cat([is_prompt[self.row_ids].unsqueeze(1).expand(-1, width, -1), is_before], dim=2).unsqueeze(1)
+
+        # And which of the outputs is that of each token. Of padding it is any
+        outputs = torch.arange(len(self.queries), device=device)
+        is_token = torch.cat([is_prompt.view(-1), self.branch_index.view(-1) >= 0])
+        self.outputs = torch.zeros(rows * length, dtype=torch.long, device=device)
+        self.outputs[self.queries[is_token]] = outputs[is_token]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **kwargs: Any) -> Tensor:
+        """Takes the arguments of `scaled_dot_product_attention`, but for the mask, and returns what it does."""
         rows, _, length, _ = query.shape
-        outputs = []
-        if self.trunk:
-            prompt = [x[:, :, : self.trunk] for x in (query, key, value)]
-            outputs = [scaled_dot_product_attention(*prompt, is_causal=True, **kwargs)]
 
-        def branches(x: Tensor) -> Tensor:
-            flat = x.transpose(1, 2).reshape(rows * length, -1)
-            return flat[self.to_branches].unflatten(2, (x.size(1), -1)).transpose(1, 2)
+        def take(x: Tensor, places: Tensor, width: int) -> tuple[Tensor, Tensor]:
+            taken = x.transpose(1, 2).reshape(rows * length, -1)[places].unflatten(1, (x.size(1), -1))
+            num_prompts, prompt_width = self.prompts
+            prompts, branches = taken.split([num_prompts * prompt_width, len(taken) - num_prompts * prompt_width])
+            shapes = self.prompts, (self.branches[0], width)
+            return tuple(part.unflatten(0, shape).transpose(1, 2) for part, shape in zip((prompts, branches), shapes))
 
-        keys, values = (
-            torch.cat([x[:, :, : self.trunk].index_select(0, self.row_ids), branches(x)], dim=2) for x in (key, value)
-        )
-        outputs.append(scaled_dot_product_attention(branches(query), keys, values, attn_mask=self.visible, **kwargs))
-        flat = torch.cat([x.transpose(1, 2).flatten(2).flatten(0, 1) for x in outputs])
-        return flat[self.to_tokens].unflatten(2, (query.size(1), -1)).transpose(1, 2)
+        width = self.branches[1]
+        queries = take(query, self.queries, width)
+        keys, values = (take(x, self.keys, self.prompts[1] + width) for x in (key, value))
+        parts = [
+            scaled_dot_product_attention(queries[0], keys[0], values[0], is_causal=True, **kwargs),
+            scaled_dot_product_attention(queries[1], keys[1], values[1], attn_mask=self.visible, **kwargs),
+        ]
+        outputs = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])[self.outputs]
+        return outputs.unflatten(0, (rows, length)).transpose(1, 2)
 
 
 class BranchMask(Tensor):
