@@ -220,7 +220,7 @@ class Stopwatch:
 
 def take_turns(names: Sequence[str], setting: Setting) -> dict[str, list[dict[str, float]]]:
     """Train with methods of one kind in turn, forth in one round and back in the next. See [`Stopwatch.round`]."""
-    _settle()
+    settle()
     with tempfile.TemporaryDirectory() as folder:
         watches = {name: Stopwatch(make_trainer(name, setting, Path(folder) / name)) for name in names}
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -235,21 +235,22 @@ def peak_memory(name: str, setting: Setting) -> float:
     Peak memory of a trainer over what the process holds before it is made, in MB: of its process on the CPU, of what
     the allocator hands out on a GPU. Meant for a process of its own, in which it goes over one generation batch.
     """
-    _settle()
+    settle()
     METHODS[name].trainer_class, METHODS[name].config_class  # what they import is not to count
     with tempfile.TemporaryDirectory() as folder:
         costs = Meter().measure(lambda: make_trainer(name, replace(setting, steps=PASSES), Path(folder)).train())
     return costs["peak_memory_mb"]
 
 
-def _settle() -> None:
+def settle() -> None:
+    """Quiet libraries, and one thread on the CPU."""
     transformers_logging.set_verbosity_error()
     disable_progress_bars()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # waiting threads would count as CPU time
 
 
-def _apart(function: Callable, *args: Any) -> Any:
+def apart(function: Callable, *args: Any) -> Any:
     """Call a function in a process of its own. A fork would count libraries that it shares as memory when used."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
@@ -295,16 +296,16 @@ def run_speed(output: Path = OUTPUT, *, methods: Sequence[str] | None = None, **
     Raises:
         `ValueError`: If a method is not measured here, or if a field is wrong.
     """
-    _settle()
+    settle()
     chosen, kinds = Setting(**setting), {}
     if methods is not None and not set(methods) <= set(COMPARED):
         raise ValueError(f"`methods={methods}` must be some of {', '.join(COMPARED)}.")
     for kind, (first, *others) in KINDS.items():
         names = [name for name in others if methods is None or name in methods]
         if names:
-            kinds[kind] = beside_first(_apart(take_turns, [first, *names], chosen))
+            kinds[kind] = beside_first(apart(take_turns, [first, *names], chosen))
             for name, result in kinds[kind].items():
-                result["peak_memory_mb"] = _apart(peak_memory, name, chosen)
+                result["peak_memory_mb"] = apart(peak_memory, name, chosen)
                 print(f"{name}: {result['ratio']:.3f} of {first}, {result['peak_memory_mb']:.0f} MB", flush=True)
     fields = asdict(chosen) | ({"model": Path(chosen.model).name} if chosen.model else {})
     path = output / f"{chosen.name}.json"

@@ -185,13 +185,13 @@ def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     The whole of it, for one method, whose memory alone is taken in a process of its own, to save time. It is more than
     that of 1.5 million weights, their gradients and two moments, of 4 bytes each.
     """
-    apart, called = speed._apart, []
+    apart, called = speed.apart, []
 
     def sometimes_apart(function, *args):
         called.append((function.__name__, args[0]))
         return apart(function, *args) if args[0] == "A-LoL" else function(*args)
 
-    monkeypatch.setattr(speed, "_apart", sometimes_apart)
+    monkeypatch.setattr(speed, "apart", sometimes_apart)
     path = run_speed(tmp_path, methods=["A-LoL"], **asdict(SMALL))
     names = ["SFT on all", "A-LoL"]
     assert called == [("take_turns", names), *(("peak_memory", name) for name in names)]

@@ -213,45 +213,44 @@ class _Branches:
         return dense_mask(self.branch_ids)
 
     def __post_init__(self) -> None:
-        (rows, length), (num_branches, width) = self.branch_ids.shape, self.branch_index.shape
-        device = self.branch_ids.device
-        prompt_lengths = (self.branch_ids == 0).sum(1)
-        prompt = torch.arange(int(prompt_lengths.max()), device=device)
-        start = length * torch.arange(rows, device=device).unsqueeze(1)  # of a row, in the batch as one sequence
-        is_prompt = prompt < prompt_lengths.unsqueeze(1)
+        (rows, length), device = self.branch_ids.shape, self.branch_ids.device
+        self.num_branches, self.width = self.branch_index.shape
+        lengths = (self.branch_ids == 0).sum(1, keepdim=True)  # of the prompts
+        self.prompt_width = int(lengths.max())
+        steps = torch.arange(max(self.prompt_width, self.width), device=device)
+        start = length * torch.arange(rows, device=device).unsqueeze(1)  # of a row, where rows follow each other
 
-        # Where tokens are taken from. A prompt is filled up with what follows it, and a branch with some token of its
-        # row, which nothing attends to and whose outputs are not read
-        prompts = start + prompt
+        # Places that tokens are taken from. A prompt is filled up with what follows it and a branch with some token of
+        # its row, which nothing attends to and whose outputs nothing reads
+        prompts = start + steps[: self.prompt_width]
         branches = start[self.row_ids] + self.branch_index.clamp(min=0)
-        keys = torch.cat([prompts[self.row_ids], branches], dim=1)
         self.queries = torch.cat([prompts.view(-1), branches.view(-1)])
-        self.keys = torch.cat([prompts.view(-1), keys.view(-1)])
-        self.prompts, self.branches = (rows, len(prompt)), (num_branches, width)
+        self.keys = torch.cat([prompts.view(-1), torch.cat([prompts[self.row_ids], branches], dim=1).view(-1)])
 
-        is_before = torch.ones(width, width, dtype=torch.bool, device=device).tril().expand(num_branches, -1, -1)
-        self.visible = torch.cat([is_prompt[self.row_ids].unsqueeze(1).expand(-1, width, -1), is_before], dim=2).unsqueeze(1)
+        in_prompt = steps[: self.prompt_width] < lengths
+        in_branch = (steps[: self.width] <= steps[: self.width].unsqueeze(1)).expand(self.num_branches, -1, -1)
+        of_branch = in_prompt[self.row_ids].unsqueeze(1).expand(-1, self.width, -1)
+        self.visible = torch.cat([of_branch, in_branch], dim=2).unsqueeze(1)
 
-        # And which of the outputs is that of each token. Of padding it is any
-        outputs = torch.arange(len(self.queries), device=device)
-        is_token = torch.cat([is_prompt.view(-1), self.branch_index.view(-1) >= 0])
+        # And which of the outputs is a token's own. Padding has none, and gets the first
+        is_own = torch.cat([in_prompt.view(-1), self.branch_index.view(-1) >= 0])
         self.outputs = torch.zeros(rows * length, dtype=torch.long, device=device)
-        self.outputs[self.queries[is_token]] = outputs[is_token]
+        self.outputs[self.queries[is_own]] = is_own.nonzero().squeeze(1)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **kwargs: Any) -> Tensor:
-        """Takes the arguments of `scaled_dot_product_attention`, but for the mask, and returns what it does."""
+        """Takes what `scaled_dot_product_attention` takes, and returns what it does with the dense mask."""
         rows, _, length, _ = query.shape
+        num_prompt_tokens = rows * self.prompt_width
 
-        def take(x: Tensor, places: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        def take(x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
             taken = x.transpose(1, 2).reshape(rows * length, -1)[places].unflatten(1, (x.size(1), -1))
-            num_prompts, prompt_width = self.prompts
-            prompts, branches = taken.split([num_prompts * prompt_width, len(taken) - num_prompts * prompt_width])
-            shapes = self.prompts, (self.branches[0], width)
-            return tuple(part.unflatten(0, shape).transpose(1, 2) for part, shape in zip((prompts, branches), shapes))
+            prompts, branches = taken.tensor_split([num_prompt_tokens])
+            return (
+                prompts.unflatten(0, (rows, self.prompt_width)).transpose(1, 2),
+                branches.unflatten(0, (self.num_branches, -1)).transpose(1, 2),
+            )
 
-        width = self.branches[1]
-        queries = take(query, self.queries, width)
-        keys, values = (take(x, self.keys, self.prompts[1] + width) for x in (key, value))
+        queries, keys, values = take(query, self.queries), take(key, self.keys), take(value, self.keys)
         parts = [
             scaled_dot_product_attention(queries[0], keys[0], values[0], is_causal=True, **kwargs),
             scaled_dot_product_attention(queries[1], keys[1], values[1], attn_mask=self.visible, **kwargs),
