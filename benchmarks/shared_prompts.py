@@ -26,7 +26,14 @@ import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PrinterCallback, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+)
 from trl import DPOConfig, DPOTrainer
 
 from trl_lol import ALoLConfig, ALoLTrainer, CoPGConfig, CoPGTrainer, toy
@@ -90,8 +97,8 @@ class Setting:
             Attention of the model.
         batch_size (`int`, *optional*, defaults to `8`):
             Completions of an optimizer step, a multiple of 8.
-        steps (`int`, *optional*, defaults to `16`):
-            Optimizer steps in a round, enough of them that the beginning of a run takes no part in the time.
+        steps (`int`, *optional*, defaults to `8`):
+            Optimizer steps in a round.
         rounds (`int`, *optional*, defaults to `8`):
             Rounds that count; one before them warms up. It is even, so that each order comes as often.
     """
@@ -101,7 +108,7 @@ class Setting:
     lora: bool = False
     attn_implementation: str = "sdpa"
     batch_size: int = 8
-    steps: int = 16
+    steps: int = 8
     rounds: int = 8
 
     def __post_init__(self) -> None:
@@ -188,20 +195,33 @@ def make_trainer(name: str, case: Case, setting: Setting, folder: Path) -> Train
     return trainer
 
 
+class Stopwatch(TrainerCallback):
+    """Seconds of each run, from its first step to the end of its last one."""
+
+    def __init__(self) -> None:
+        self.rounds: list[float] = []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.rounds.append(-clock())
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.rounds[-1] += clock()
+
+
 def take_turns(case: Case, setting: Setting) -> dict[str, Any]:
     """Seconds of each trainer in each round, and the tokens that it computes in one."""
     settle()
     names = NAMES if case.k > 1 else NAMES[:2]
     with tempfile.TemporaryDirectory() as folder:
         trainers = {name: make_trainer(name, case, setting, Path(folder) / name) for name in names}
-        seconds: dict[str, list[float]] = {name: [] for name in names}
+        watches = {name: Stopwatch() for name in names}
+        for name, trainer in trainers.items():
+            trainer.add_callback(watches[name])
         for i in range(-1, setting.rounds):
             for name in names if i % 2 else reversed(names):
-                start = clock()
                 trainers[name].train()
-                seconds[name].append(clock() - start)
         tokens = {name: _num_tokens(trainer) for name, trainer in trainers.items()}
-    return {"seconds": {name: values[1:] for name, values in seconds.items()}, "tokens": tokens}
+    return {"seconds": {name: watch.rounds[1:] for name, watch in watches.items()}, "tokens": tokens}
 
 
 def _num_tokens(trainer: Trainer) -> int:
