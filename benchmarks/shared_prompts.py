@@ -8,7 +8,7 @@ over rounds, of the CPU time of the process (one thread) or, on a GPU, of wall t
 k = 1, where there is nothing to share, it is A-LoL instead of CoPG, and no DPO.
 
     python -m benchmarks.shared_prompts --model path/to/stories260k --batch_size 16
-    python -m benchmarks.shared_prompts --model path/to/SmolLM2-135M-Instruct --lora --steps 1 --rounds 4
+    python -m benchmarks.shared_prompts --model path/to/SmolLM2-135M-Instruct --lora --steps 1 --rounds 2 --data HH "TL;DR"
     python -m benchmarks.shared_prompts --shape Qwen2.5-1.5B --batch_size 64     # on a GPU: random weights, LoRA, bf16
 """
 
@@ -18,6 +18,7 @@ import re
 import statistics
 import tempfile
 from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,7 @@ CASES = (
 )
 
 
-# Every process takes its time to begin
-MEASURED_MEMORY = [case for case in CASES if case.data in ("HH", "TL;DR") and case.k > 1 and not case.is_ragged]
+MEASURED_MEMORY = (Case("HH", 4), Case("TL;DR", 4))
 
 
 @dataclass
@@ -259,15 +259,15 @@ def compare(turns: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def run(output: Path = OUTPUT, cases: tuple[Case, ...] = CASES, **setting: Any) -> Path:
+def run(output: Path = OUTPUT, data: Sequence[str] = tuple(LENGTHS), **setting: Any) -> Path:
     """
     Measure, and write it down, with a table and a plot of all results in the folder.
 
     Args:
         output (`Path`, *optional*):
             Folder of the results.
-        cases (`tuple[Case]`, *optional*):
-            What to train on.
+        data (`Sequence[str]`, *optional*):
+            What to train on, some of `LENGTHS`.
         **setting (`Any`):
             Fields of [`Setting`].
 
@@ -275,7 +275,9 @@ def run(output: Path = OUTPUT, cases: tuple[Case, ...] = CASES, **setting: Any) 
         `Path`: The file with the result.
     """
     chosen, results = Setting(**setting), []
-    for case in cases:
+    for case in CASES:
+        if case.data not in data:
+            continue
         turns = apart(take_turns, case, chosen)
         results.append({**asdict(case), **compare(turns), **turns})
         if case in MEASURED_MEMORY:
@@ -352,5 +354,6 @@ def plot(folder: Path) -> Figure:
 if __name__ == "__main__":
     text = __doc__ + Setting.__doc__
     parser = HfArgumentParser(Setting, description=text, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", choices=list(LENGTHS), default=list(LENGTHS))
     parser.add_argument("--output", type=Path, default=OUTPUT)
     run(**vars(parser.parse_args()))

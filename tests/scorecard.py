@@ -85,6 +85,7 @@ METHODS = {
     "A-LoL ref-free": Method(ALoLTrainer, {**FITTED, "loss_type": ["alol_ref_free"]}),
     "A-LoL KL": Method(ALoLTrainer, {**FITTED, "loss_type": ["alol_kl"]}),
     "CoPG": Method(CoPGTrainer),
+    "CoPG, shared prompts": Method(CoPGTrainer, {"shared_prompts": True}),
     "PPO": Method(PPOTrainer, {**CRITIC, "beta": 0.05}),
     "APA": Method(APATrainer, {**CRITIC, "beta": 1.0}, learning_rate=0.02),
     # The seed decides on resets: some of the first groups are reset and some are not

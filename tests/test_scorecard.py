@@ -29,4 +29,4 @@ def test_the_page_has_every_check_and_method():
 def test_what_is_beyond_its_limit_is_bold():
     rows = {what: Row({"PPO": [0.0, 2e-6]}, [0.5, 0.2]) for what in ("two ranks, loss", "first log-ratio")}
     *_, line = table(rows).splitlines()
-    assert line == "| first log-ratio | 1e-06 | – | – | – | – | – | 0 · **2e-06** | – | – | 2e-01 |"
+    assert line == "| first log-ratio | 1e-06 | – | – | – | – | – | – | 0 · **2e-06** | – | – | 2e-01 |"

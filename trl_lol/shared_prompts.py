@@ -28,8 +28,8 @@ ATTENTION = ("sdpa", "eager", "flex_attention")
 # A window or chunk that no sequence fills is none. Others, recurrent layers for one, carry from branch to branch
 ATTENTION_LAYERS = {"attention", "full_attention", "sliding_attention", "chunked_attention", "global", "local"}
 LAYER_TYPES = ("layer_types", "layers_block_type", "block_types")
-# Taking tokens apart into branches and together again has its price: with more tokens left, it is not worth while
-WORTH_SHARING = 0.9
+# Taking tokens apart into branches and together again has its price, which a very small model does not earn back
+WORTH_SHARING = 0.85
 
 
 def share_prompts(
@@ -86,7 +86,7 @@ def is_worth_sharing(
             Whether attention computes every pair of tokens, also the masked ones. Then there must not be more pairs.
 
     Returns:
-        `bool`: Whether the padded batch has at most nine tenths of the tokens.
+        `bool`: Whether the padded batch has at most 85 % of the tokens.
     """
     groups = list(zip(prompt_lengths, completion_lengths, strict=True))
     length = max(max(prompt - 1, 0) + sum(min(prompt, 1) + c for c in cs) for prompt, cs in groups)

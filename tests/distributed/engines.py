@@ -70,6 +70,8 @@ def main(engine: str, folder: Path) -> None:
         "alol": (ALoLTrainer, pairs, {"reward_funcs": weighted_sum([toy.oracle_reward], [0.01])},
                  {"value_num_train_epochs": 2, "value_max_prompts": 20}),
         "copg": (CoPGTrainer, groups, {"reward_funcs": weighted_sum([toy.oracle_reward], [0.1])}, {}),
+        "copg_shared": (CoPGTrainer, groups, {"reward_funcs": weighted_sum([toy.oracle_reward], [0.1])},
+                        {"shared_prompts": True}),
         "ppo": (PPOTrainer, prompts, {"reward_funcs": share_of_early_tokens}, {"beta": 0.05, **online}),
         "apa": (APATrainer, prompts, {"reward_funcs": share_of_early_tokens},
                 {"beta": 1.0, "learning_rate": 0.02, **online}),
@@ -126,7 +128,7 @@ def main(engine: str, folder: Path) -> None:
             engine.removeprefix("zero") if is_deepspeed else 0
         )
         found = {"loss": losses(trainer)}
-        if kind in OFFLINE and method in ("alol", "copg"):
+        if kind in OFFLINE and method in LOGGED:
             judge = GenerationEvalCallback(
                 trainer, dialogues, toy.heldout_reward, num_prompts=5, max_new_tokens=4, temperature=0.0
             )
@@ -148,7 +150,7 @@ def main(engine: str, folder: Path) -> None:
 
     with patch.object(GRPOTrainer, "_generate_single_turn", look_up):
         for method in methods:
-            for kind in OFFLINE if method in ("alol", "copg") else ONLINE:
+            for kind in OFFLINE if method in LOGGED else ONLINE:
                 results[f"{method}, {kind}"] = run(method, kind)
 
     # Completions of their own, which end at other places on the other rank. Shards wait for each other
