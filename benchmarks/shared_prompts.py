@@ -8,7 +8,7 @@ over rounds, of the CPU time of the process (one thread) or, on a GPU, of wall t
 k = 1, where there is nothing to share, it is A-LoL instead of CoPG, and no DPO.
 
     python -m benchmarks.shared_prompts --model path/to/stories260k --batch_size 16
-    python -m benchmarks.shared_prompts --model path/to/SmolLM2-135M-Instruct --lora --steps 1 --rounds 2 --data HH "TL;DR"
+    python -m benchmarks.shared_prompts --model path/to/SmolLM2-135M --lora --steps 1 --rounds 2 --data HH "TL;DR"
     python -m benchmarks.shared_prompts --shape Qwen2.5-1.5B --batch_size 64     # on a GPU: random weights, LoRA, bf16
 """
 

@@ -33,6 +33,7 @@ from trl_lol._cache import model_key
 
 
 OFFLINE = ("full", "lora", "cached", "path")
+LOGGED = ("alol", "copg", "copg_shared")
 ONLINE = ("full", "lora", "path")
 TYPES = {
     "one": DistributedType.NO, "fsdp2": DistributedType.FSDP, "zero2": DistributedType.DEEPSPEED,

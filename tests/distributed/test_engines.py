@@ -24,7 +24,9 @@ from trl_lol._cache import model_key
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "accelerate"
 WORKER = Path(__file__).parent / "engines.py"
-RUNS = [f"{method}, {kind}" for method in ("alol", "copg") for kind in ("full", "lora", "cached", "path")]
+RUNS = [
+    f"{method}, {kind}" for method in ("alol", "copg", "copg_shared") for kind in ("full", "lora", "cached", "path")
+]
 RUNS += [f"{method}, {kind}" for method in ("ppo", "apa", "drpo") for kind in ("full", "lora", "path")]
 NO_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 ENGINES = ["fsdp2", pytest.param("zero2", marks=NO_DEEPSPEED), pytest.param("zero3", marks=NO_DEEPSPEED)]
