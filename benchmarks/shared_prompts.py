@@ -171,7 +171,9 @@ def make_trainer(name: str, case: Case, setting: Setting, folder: Path) -> Train
         gradient_checkpointing=setting.shape is not None, per_device_train_batch_size=rows_per_step, max_length=None,
         train_sampling_strategy="sequential", precompute_ref_log_probs=True, **own,
     )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(setting.model) if setting.model else toy.make_tokenizer()
+    tokenizer = (
+        AutoTokenizer.from_pretrained(setting.model) if setting.model else toy.make_tokenizer(toy.make_dialogues(60))
+    )
     if setting.shape:
         with torch.device("cuda" if is_on_gpu else "cpu"):
             model = AutoModelForCausalLM.from_config(
