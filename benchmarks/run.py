@@ -354,9 +354,13 @@ def main() -> None:
     if problem := wrong(args):
         parser.error(problem)
     if args.suite == "speed":
+        from . import shared_prompts
         from .speed import run_speed
 
         run_speed(args.output or RESULTS / "speed", methods=args.methods)
+        if not args.methods:
+            folder = args.output / "shared_prompts" if args.output else RESULTS / "shared_prompts"
+            shared_prompts.run(folder, ["HH", "TL;DR"])
         return
     import torch
 
