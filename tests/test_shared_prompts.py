@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AutoModelForCausalLM,
@@ -532,3 +533,19 @@ def test_dense_masks_are_weighed_where_they_are_used(build, tiny_model):
     assert build(shared_prompts=True, model=eager).data_collator.is_dense
     assert not build(shared_prompts=True).data_collator.is_dense
     assert dataclasses.asdict(build().data_collator)["max_shared_length"] == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_equal_with_flex_attention(name, monkeypatch):
+    """Block masks, forward alone, which is what FlexAttention can do on a CPU; and without the compiler."""
+    monkeypatch.setattr(
+        "transformers.integrations.flex_attention.compile_friendly_flex_attention",
+        lambda *args, training, **kwargs: flex_attention(*args, **kwargs),
+    )
+    repeated, shared = (DataCollatorForGroups(0).collate(RAGGED, share) for share in (False, True))
+    eager, flex = (make_model(name, attention) for attention in ("eager", "flex_attention"))
+    with torch.no_grad():
+        expected = read(eager, repeated)
+        torch.testing.assert_close(read(flex, shared), expected, atol=1e-5, rtol=0)
+        unmasked = {**shared, "branch_ids": shared["branch_ids"].clamp(max=0)}
+        assert (read(flex, unmasked) - expected).abs().max() > 1e-2  # Control
