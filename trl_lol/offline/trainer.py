@@ -403,18 +403,17 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
         )
 
         repeated, shared = (self._prepare_inputs(collator.collate([example], share)) for share in (False, True))
-        precision = (self.accelerator.mixed_precision, torch.get_float32_matmul_precision())
         # Engines can call a policy beside its reference only once it is trained
         has_engine = self.is_deepspeed_enabled or self.is_fsdp_enabled
         for is_reference in (True,) if has_engine or not trains_on_groups else (True, False):
-            with self._reading(is_reference) as model:
+            # With weights in single precision it can be tried exactly, whatever training is to be in
+            with self._reading(is_reference) as model, torch.autocast(model.device.type, enabled=False):
 
                 def log_probs(inputs: dict[str, Tensor], replaced: dict[str, Any]) -> Tensor:
                     kwargs = {**self._model_kwargs(inputs, model), **replaced}
                     return per_completion(model(**kwargs, fused_lm_head=True).log_probs, inputs)
 
-                is_exact = model.dtype == torch.float32 and precision == ("no", "highest")
-                check_log_probs(log_probs, repeated, shared, is_exact)
+                check_log_probs(log_probs, repeated, shared, _precision(model))
 
     def _longest_group(self) -> tuple[int, dict[str, Any]]:
         """Tokens of the longest prompt with a completion, and its row with up to three of the completions."""
@@ -516,6 +515,16 @@ def _column_names(dataset: Dataset | IterableDataset, name: str) -> list[str]:
 def _is_trainable(row: dict[str, Any], max_length: int | None, min_completions: int) -> bool:
     fits = max_length is None or len(row["prompt_ids"]) < max_length
     return fits and len(row["completion_ids"]) >= min_completions
+
+
+def _precision(model: PreTrainedModel) -> float:
+    """Relative precision of a model's matrix products outside autocast."""
+    dtype = model.dtype
+    if getattr(model, "is_quantized", False):
+        dtype = torch.bfloat16  # at least of some
+    elif dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        dtype = torch.float16  # as many bits as TF32
+    return torch.finfo(dtype).eps
 
 
 def _list_array(values: pa.Array, lengths: Tensor) -> pa.Array:
