@@ -198,11 +198,21 @@ def test_shares_what_is_worth_it(prompts, completions, saved):
         assert is_worth_sharing(prompts, completions) == saved
 
 
-def test_long_completions_are_not_shared_where_masked_pairs_are_computed():
-    """Two completions as long as their prompt: 89 tokens a row instead of 2 · 60, but 89² pairs of 2 · 60²."""
-    assert is_worth_sharing([30], [[30, 30]])
-    assert not is_worth_sharing([30], [[30, 30]], is_dense=True)
-    assert is_worth_sharing([60], [[10, 10]], is_dense=True)
+def test_what_attention_costs_is_weighed():
+    """
+    Four completions of 200 tokens after 60: 863 tokens instead of 1040, 83 %. A branch computes 201 · 261 pairs, more
+    than half of the 260² of a sequence, and a dense mask 863² instead of 4 · 260². To a wide model it is less.
+    """
+    groups = [60], [[200] * 4]
+    assert is_worth_sharing(*groups)
+    assert is_worth_sharing(*groups, pairs_per_token=6 * 4096)
+    assert not is_worth_sharing(*groups, pairs_per_token=6 * 64)
+    assert not is_worth_sharing(*groups, pairs_per_token=6 * 512, is_dense=True)
+    for is_dense in (False, True):
+        assert is_worth_sharing([147], [[45, 45]], 6 * 64, is_dense)
+    # Every branch is as wide as the widest of the batch, and every prompt as long as the longest
+    mixed = [1500, 40], [[40] * 12, [1500] * 2]
+    assert is_worth_sharing(*mixed) and not is_worth_sharing(*mixed, pairs_per_token=6 * 64)
 
 
 # ---- The same numbers ----
@@ -531,7 +541,8 @@ def test_dense_masks_are_weighed_where_they_are_used(build, tiny_model):
     eager = tiny_model()
     eager.set_attn_implementation("eager")
     assert build(shared_prompts=True, model=eager).data_collator.is_dense
-    assert not build(shared_prompts=True).data_collator.is_dense
+    collator = build(shared_prompts=True).data_collator
+    assert not collator.is_dense and collator.pairs_per_token == 6 * 32
     assert dataclasses.asdict(build().data_collator)["max_shared_length"] == 0
 
 

@@ -504,8 +504,8 @@ class DataCollatorForGroups(DataCollatorMixin):
             If set, the sequences are padded to a multiple of this value.
         max_shared_length (`int`, *optional*, defaults to `0`):
             Longest prompt with a completion, in tokens, up to which prompts are shared. 0 never shares them.
-        is_dense (`bool`, *optional*, defaults to `False`):
-            Whether attention computes masked pairs of tokens, too, which is to be weighed against the tokens saved.
+        pairs_per_token (`float`, *optional*, defaults to `inf`), is_dense (`bool`, *optional*, defaults to `False`):
+            What attention costs, see [`~trl_lol.shared_prompts.is_worth_sharing`].
     """
 
     pad_token_id: int
@@ -513,6 +513,7 @@ class DataCollatorForGroups(DataCollatorMixin):
     pad_to_multiple_of: int | None = None
     return_tensors: str = "pt"
     max_shared_length: int = 0
+    pairs_per_token: float = math.inf
     is_dense: bool = False
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -584,4 +585,4 @@ class DataCollatorForGroups(DataCollatorMixin):
             self.max_shared_length
         ):
             return False
-        return is_worth_sharing(prompts, completions, self.is_dense)
+        return is_worth_sharing(prompts, completions, self.pairs_per_token, self.is_dense)

@@ -9,6 +9,7 @@ a token stands one place before the one it predicts, as everywhere else. Nothing
 """
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -72,29 +73,39 @@ def share_prompts(
 
 
 def is_worth_sharing(
-    prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], is_dense: bool = False
+    prompt_lengths: Sequence[int],
+    completion_lengths: Sequence[Sequence[int]],
+    pairs_per_token: float = math.inf,
+    is_dense: bool = False,
 ) -> bool:
     """
-    Whether a batch gets cheaper when its prompts are shared.
+    Whether a batch gets cheaper when its prompts are shared, padding and what attention costs included.
 
     Args:
         prompt_lengths (`Sequence[int]`):
             Tokens of the prompt of each group.
         completion_lengths (`Sequence[Sequence[int]]`):
             Tokens of the completions of each group.
+        pairs_per_token (`float`, *optional*, defaults to `inf`):
+            Pairs of tokens that attention takes as much time for as the rest of the model does for a token.
         is_dense (`bool`, *optional*, defaults to `False`):
-            Whether attention computes every pair of tokens, also the masked ones. Then there must not be more pairs.
+            Whether attention computes every pair of tokens of a row, also the masked ones.
 
     Returns:
-        `bool`: Whether the padded batch has at most 85 % of the tokens.
+        `bool`: Whether at most 85 % of the work is left.
     """
     groups = list(zip(prompt_lengths, completion_lengths, strict=True))
+    rows, num_completions = len(groups), sum(len(cs) for _, cs in groups)
     length = max(max(prompt - 1, 0) + sum(min(prompt, 1) + c for c in cs) for prompt, cs in groups)
-    repeated = max(prompt + max(cs) for prompt, cs in groups)
-    num_completions = sum(len(cs) for _, cs in groups)
-    if is_dense and len(groups) * length**2 > num_completions * repeated**2:
-        return False
-    return len(groups) * length <= WORTH_SHARING * num_completions * repeated
+    repeated_length = max(prompt + max(cs) for prompt, cs in groups)
+    prompt, branch = max(prompt_lengths), 1 + max(max(cs) for cs in completion_lengths)
+    if is_dense:
+        pairs, repeated_pairs = rows * length**2, num_completions * repeated_length**2
+    else:  # half of the pairs of a causal sequence. A branch, which has a mask, computes all of its own
+        pairs = rows * prompt**2 / 2 + num_completions * branch * (prompt + branch)
+        repeated_pairs = num_completions * repeated_length**2 / 2
+    work = rows * length + pairs / pairs_per_token
+    return work <= WORTH_SHARING * (num_completions * repeated_length + repeated_pairs / pairs_per_token)
 
 
 # ---- Between the layouts ----

@@ -32,7 +32,7 @@ class CoPGConfig(_OfflineRewardConfig):
         shared_prompts (`bool`, *optional*, defaults to `False`):
             Whether the completions of a group are computed in one sequence, with the prompt in it once. Losses and
             gradients are the same up to rounding; the more completions a prompt has, and the longer it is beside
-            them, the faster it gets. Batches in which it would save less than 15 % of the tokens are computed as
+            them, the faster it gets. Batches in which it would save less than 15 % of the work are computed as
             ever. Takes models whose attention is `sdpa`, `eager` or `flex_attention`, without recurrent layers or
             windows shorter than the sequences, which is checked.
 

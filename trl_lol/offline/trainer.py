@@ -398,9 +398,10 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
             check_architecture(model, longest)
         collator = self.data_collator
         collator.max_shared_length = longest
-        collator.is_dense = self.args.torch_compile or any(
-            m.config.get_text_config()._attn_implementation == "eager" for m in models
-        )
+        configs = [model.config.get_text_config() for model in models]
+        collator.is_dense = self.args.torch_compile or any(c._attn_implementation == "eager" for c in configs)
+        # A layer of width d has about 12 d² weights, 2 operations each, and 4 d operations for a pair of tokens
+        collator.pairs_per_token = 6 * min(config.hidden_size for config in configs)
 
         repeated, shared = (self._prepare_inputs(collator.collate([example], share)) for share in (False, True))
         # Engines can call a policy beside its reference only once it is trained
