@@ -530,7 +530,7 @@ def test_a_mixture_of_experts_has_to_go_without_its_auxiliary_loss(build, tokeni
     def model():
         return make_model(MixtralConfig(**sizes, **experts))
 
-    with pytest.raises(ValueError, match=r'model_init_kwargs=\{"router_aux_loss_coef": 0.0\}'):
+    with pytest.raises(ValueError, match=r"`router_aux_loss_coef=0\.0`"):
         build(model=model(), shared_prompts=True)
     experts["router_aux_loss_coef"] = 0.0
     losses = [run(build(model=model(), shared_prompts=shares))[0] for shares in (False, True)]
@@ -560,3 +560,37 @@ def test_equal_with_flex_attention(name, monkeypatch):
         torch.testing.assert_close(read(flex, shared), expected, atol=1e-5, rtol=0)
         unmasked = {**shared, "branch_ids": shared["branch_ids"].clamp(max=0)}
         assert (read(flex, unmasked) - expected).abs().max() > 1e-2  # Control
+
+
+def test_windows_that_no_layer_has():
+    """A flag is no window, and a window that only other layers than these would have is none."""
+    config = Qwen2Config(**SIZES, sliding_window=8, use_sliding_window=True, max_window_layers=2)
+    check_architecture(make_model(config), longest=100)
+    config = Qwen2Config(**SIZES, sliding_window=8, use_sliding_window=True, max_window_layers=1)
+    with pytest.raises(ValueError, match="`sliding_window=8`"):
+        check_architecture(make_model(config), longest=100)
+
+
+def test_engines_that_ask_leave_the_mask_unwritten():
+    """FSDP2 asks of each input whether it is to be cast."""
+    batch = DataCollatorForGroups(0).collate(RAGGED, share=True)
+    mask = attention_kwargs(batch, make_model())["attention_mask"]
+    assert not torch.is_floating_point(mask) and mask.numel() == mask.size(0) * mask.size(2) ** 2
+    assert mask.layout == torch.strided and "dense" not in vars(mask.branches)
+
+
+def test_models_that_are_compiled_get_a_plain_mask(build, tiny_model):
+    trainer = build(shared_prompts=True, model=(compiled := tiny_model()))
+    assert not trainer.data_collator.is_dense
+    compiled.model.layers[0].compile(backend="eager")
+    assert build(shared_prompts=True, model=compiled, max_steps=1).data_collator.is_dense
+
+
+def test_tf32_is_no_single_precision(build):
+    """And asking for it by the older name is an error once it was set by the newer one."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        build(shared_prompts=True)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

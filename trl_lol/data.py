@@ -7,7 +7,7 @@ and one reward for each. A dataset row with a single completion is a group of on
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from reprlib import repr as shortened
 from typing import Any
@@ -418,15 +418,15 @@ def _join_rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def batches_by_prompt(
-    prompts: list[list[int]], completions: list[list[list[int]]], batch_size: int, share: bool = False
+    prompts: Sequence[list[int]], completions: Sequence[list[list[int]]], batch_size: int, share: bool = False
 ) -> list[list[list[int]]]:
     """
     Rows in batches of similar length, longest first, so that what does not fit fails at once.
 
     Args:
-        prompts (`list[list[int]]`):
+        prompts (`Sequence[list[int]]`):
             Tokens of the prompt of each row.
-        completions (`list[list[list[int]]]`):
+        completions (`Sequence[list[list[int]]]`):
             Tokens of the completions of each row.
         batch_size (`int`):
             Number of rows in a batch, at most.
@@ -436,12 +436,16 @@ def batches_by_prompt(
     Returns:
         `list[list[list[int]]]`: Batches of groups of row indices.
     """
-    sizes = [len(p) + max(map(len, cs)) for p, cs in zip(prompts, completions, strict=True)]
-    order = sorted(range(len(prompts)), key=sizes.__getitem__, reverse=True)
+    sizes: list[int] = []
+    keys: list[Any] = []
+    for row, (prompt_ids, group) in enumerate(zip(prompts, completions, strict=True)):
+        sizes.append(len(prompt_ids) + max(map(len, group)))
+        keys.append(tuple(prompt_ids) if share else row)
+    order = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
     groups: list[list[int]] = []
     of_prompt: dict[Any, list[int]] = {}
     for row in order:
-        key = tuple(prompts[row]) if share else row
+        key = keys[row]
         if len(group := of_prompt.setdefault(key, [])) % batch_size == 0:
             group = of_prompt[key] = []
             groups.append(group)

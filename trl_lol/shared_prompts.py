@@ -56,6 +56,7 @@ def share_prompts(
     columns: dict[str, list[Tensor]] = {name: [] for name in names}
     for prompt_ids, group in zip(prompts, completions, strict=True):
         trunk, head = prompt_ids[:-1], prompt_ids[-1:]  # a prompt without tokens has no head
+        trunk = trunk[:max_length]
         room = None if max_length is None else max_length - len(trunk)
         branches = [(head + completion_ids)[:room] for completion_ids in group]
         lengths = [len(trunk), *map(len, branches)]
@@ -309,7 +310,8 @@ class BranchMask(Tensor):
 
 # What the placeholder says as the dense mask would
 _FACTS = {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad", "is_cuda")}
-_FACTS |= {Tensor.size, Tensor.dim}
+_FACTS |= {getattr(Tensor, name).__get__ for name in ("layout", "is_meta", "is_sparse", "is_quantized")}
+_FACTS |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, torch.is_floating_point}
 
 
 @inspect.signature
@@ -364,8 +366,10 @@ def check_architecture(model: nn.Module, longest: int) -> None:
             f"{name} has layers of type {', '.join(odd)}, which carry from one completion to the next when they "
             f"are in one row, as with `shared_prompts=True`. {otherwise} for this model."
         )
+    if layers and layers <= {"attention", "full_attention"}:
+        return
     for field, size in config.to_dict().items():
-        is_window = re.search(r"window(_size)?$|attention_chunk_size$", field) and isinstance(size, int)
+        is_window = re.search(r"window(_size)?$|attention_chunk_size$", field) and type(size) is int
         if is_window and getattr(config, "use_sliding_window", True) is not False and size < longest:
             raise ValueError(
                 f"{name} attends to the last `{field}={size}` tokens, and the longest prompt with a completion has "

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, is_peft_model, tqdm
+from accelerate.utils import DynamoBackend, gather_object, is_peft_model, tqdm
 from datasets import Dataset, Features, IterableDataset, Value
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -348,7 +348,7 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
         shares = self.args.shared_prompts
 
         def compute() -> dict[str, Tensor]:
-            prompts, completions = dataset["prompt_ids"][:], dataset["completion_ids"][:]
+            prompts, completions = dataset["prompt_ids"], dataset["completion_ids"]  # read as they are needed
             batches = batches_by_prompt(prompts, completions, batch_size, shares)
             # Every rank gets as many batches, the first ones twice if need be: a forward may be collective (ZeRO-3)
             batches += batches[: -len(batches) % self.accelerator.num_processes]
@@ -380,8 +380,18 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
 
     def _model_kwargs(self, inputs: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Any]:
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        attention = attention_kwargs(inputs, model, self.args.torch_compile)
+        attention = attention_kwargs(inputs, model, self._is_compiled)
         return {"input_ids": inputs["input_ids"], **attention, "labels": labels, "use_cache": False}
+
+    @cached_property
+    def _is_compiled(self) -> bool:
+        backend = self.accelerator.state.dynamo_plugin.backend
+        parts = self.accelerator.unwrap_model(self.model).modules()
+        return (
+            self.args.torch_compile
+            or (backend is not None and backend != DynamoBackend.NO)
+            or any(getattr(part, "_compiled_call_impl", None) is not None for part in parts)
+        )
 
     def _share_prompts(self) -> None:
         """Have prompts shared up to the length of the longest sequence, whose group the layout is tried on."""
@@ -390,7 +400,7 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
             raise ValueError(
                 "The load-balancing loss of a mixture of experts counts the tokens of each sequence, and with "
                 "`shared_prompts=True` those of a prompt count once. Set `shared_prompts=False`, or "
-                '`model_init_kwargs={"router_aux_loss_coef": 0.0}`.'
+                "`router_aux_loss_coef=0.0`."
             )
         longest, example = self._longest_group()
         models = [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model) if m is not None]
@@ -399,7 +409,7 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
         collator = self.data_collator
         collator.max_shared_length = longest
         configs = [model.config.get_text_config() for model in models]
-        collator.is_dense = self.args.torch_compile or any(c._attn_implementation == "eager" for c in configs)
+        collator.is_dense = self._is_compiled or any(c._attn_implementation == "eager" for c in configs)
         # A layer of width d has about 12 d² weights, 2 operations each, and 4 d operations for a pair of tokens
         collator.pairs_per_token = 6 * min(config.hidden_size for config in configs)
 
@@ -523,7 +533,7 @@ def _precision(model: PreTrainedModel) -> float:
     dtype = model.dtype
     if getattr(model, "is_quantized", False):
         dtype = torch.bfloat16  # at least of some
-    elif dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    elif dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         dtype = torch.float16  # as many bits as TF32
     return torch.finfo(dtype).eps
 
