@@ -33,6 +33,7 @@ from transformers import (
 from trl_lol import ALoLConfig, ALoLTrainer, CoPGConfig, CoPGTrainer
 from trl_lol._trl import add_fused_lm_head
 from trl_lol.data import DataCollatorForGroups, batches_by_prompt
+from trl_lol.offline.trainer import _precision
 from trl_lol.shared_prompts import (
     BranchMask,
     attention_kwargs,
@@ -493,8 +494,16 @@ def test_architectures_that_cannot(model, longest, message):
 
 @pytest.mark.parametrize(("name", "attention"), ATTENTION)
 def test_architectures_that_can(name, attention):
-    check_architecture(make_model(name, attention), longest=64)
-    check_architecture(get_peft_model(make_model("qwen2"), LORA), longest=10**6)
+    """Up to the window of those that have one, which is 64 tokens. The others read sequences of any length."""
+    model = make_model(name, attention)
+    lora = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    for candidate in (model, get_peft_model(model, lora)):
+        check_architecture(candidate, longest=64)
+        if name in ("mistral", "gemma2", "gemma3"):
+            with pytest.raises(ValueError, match="`sliding_window=64`"):
+                check_architecture(candidate, longest=65)
+        else:
+            check_architecture(candidate, longest=10**6)
 
 
 def test_attention_that_cannot():
@@ -586,11 +595,13 @@ def test_models_that_are_compiled_get_a_plain_mask(build, tiny_model):
     assert build(shared_prompts=True, model=compiled, max_steps=1).data_collator.is_dense
 
 
-def test_tf32_is_no_single_precision(build):
+def test_tf32_is_no_single_precision(build, tiny_model):
     """And asking for it by the older name is an error once it was set by the newer one."""
     before = torch.backends.cuda.matmul.fp32_precision
+    assert _precision(tiny_model()) == torch.finfo(torch.float32).eps
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        build(shared_prompts=True)
+        assert build(shared_prompts=True).data_collator.max_shared_length > 0
+        assert _precision(tiny_model()) == torch.finfo(torch.float16).eps
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from accelerate.utils import is_compiled_module, is_peft_model
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_map
@@ -172,7 +172,7 @@ def attention_kwargs(inputs: dict[str, Tensor], model: PreTrainedModel, is_compi
     attention = model.config.get_text_config()._attn_implementation
     if attention == "flex_attention":
         mask = _block_mask(branch_ids)
-    elif attention == "sdpa" and not (is_compiled or is_compiled_module(model)):
+    elif attention == "sdpa" and not is_compiled:
         mask = BranchMask.of(_Branches(branch_ids, inputs["branch_index"], inputs["group_ids"]))
     else:
         mask = dense_mask(branch_ids)
@@ -298,12 +298,8 @@ class BranchMask(Tensor):
         kwargs = kwargs or {}
         if func in _FACTS:
             return super().__torch_function__(func, types, args, kwargs)
-        if func is scaled_dot_product_attention:
-            call = _attention_call.bind(*args, **kwargs).arguments
-            query, key, mask = call["query"], call["key"], call.pop("attn_mask")
-            rows, _, length, _ = mask.shape
-            if query.dim() == 4 and query.shape[0] == rows and query.shape[2] == key.shape[2] == length:
-                return mask.branches.attend(**call)
+        if func is scaled_dot_product_attention and (output := _attend_to_all(*args, **kwargs)) is not None:
+            return output
         args, kwargs = tree_map(lambda x: x.branches.dense if isinstance(x, cls) else x, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -314,9 +310,14 @@ _FACTS |= {getattr(Tensor, name).__get__ for name in ("layout", "is_meta", "is_s
 _FACTS |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, torch.is_floating_point}
 
 
-@inspect.signature
-def _attention_call(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """The arguments of `scaled_dot_product_attention`, which is built in and cannot be asked for them."""
+def _attend_to_all(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: BranchMask, dropout_p: float = 0.0, **kwargs: Any
+) -> Tensor | None:
+    """`scaled_dot_product_attention`, unless it is of other vectors than those of all tokens, with a cache for one."""
+    rows, _, length, _ = attn_mask.shape
+    if query.dim() == 4 and (query.shape[0], query.shape[2], key.shape[2]) == (rows, length, length):
+        return attn_mask.branches.attend(query, key, value, dropout_p=dropout_p, **kwargs)
+    return None
 
 
 # ---- What can be shared ----

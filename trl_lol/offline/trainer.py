@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DynamoBackend, gather_object, is_peft_model, tqdm
+from accelerate.utils import DynamoBackend, gather_object, is_compiled_module, is_peft_model, tqdm
 from datasets import Dataset, Features, IterableDataset, Value
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -385,12 +385,12 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
 
     @cached_property
     def _is_compiled(self) -> bool:
-        backend = self.accelerator.state.dynamo_plugin.backend
-        parts = self.accelerator.unwrap_model(self.model).modules()
+        """Whether policy or reference are, by the trainer, accelerate or whoever made them, as a whole or in parts."""
+        parts = [part for model in (self.model, self.ref_model) if model is not None for part in model.modules()]
         return (
             self.args.torch_compile
-            or (backend is not None and backend != DynamoBackend.NO)
-            or any(getattr(part, "_compiled_call_impl", None) is not None for part in parts)
+            or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+            or any(is_compiled_module(part) or part._compiled_call_impl is not None for part in parts)
         )
 
     def _share_prompts(self) -> None:
