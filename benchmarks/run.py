@@ -360,7 +360,7 @@ def main() -> None:
         run_speed(args.output or RESULTS / "speed", methods=args.methods)
         if not args.methods:
             folder = args.output / "shared_prompts" if args.output else RESULTS / "shared_prompts"
-            shared_prompts.run(folder, ["HH", "TL;DR"])
+            shared_prompts.run(folder, ["HH", "TL;DR"], steps=4, rounds=2)
         return
     import torch
 

@@ -14,35 +14,25 @@ k = 1, where there is nothing to share, it is A-LoL instead of CoPG, and no DPO.
 
 import json
 import random
-import re
 import statistics
 import tempfile
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
-from peft import LoraConfig
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    HfArgumentParser,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from trl_lol import ALoLConfig, ALoLTrainer, CoPGConfig, CoPGTrainer, toy
 
 from .harness import circumstances
-from .memory import SHAPES
 from .meter import Meter
-from .speed import apart, clock, settle
+from .speed import ModelSetting, apart, clock, settle
 
 
 OUTPUT = Path(__file__).parent / "results" / "shared_prompts"
@@ -81,20 +71,11 @@ MEASURED_MEMORY = (Case("HH", 4), Case("TL;DR", 4))
 
 
 @dataclass
-class Setting:
+class Setting(ModelSetting):
     """
-    What is trained, and for how long.
+    For how long.
 
     Args:
-        model (`str`, *optional*):
-            Folder or Hub id of a model. If neither this nor `shape` is given, it is the embedded world's, untrained.
-        shape (`str`, *optional*):
-            One of the shapes of memory.py: a model with random weights, trained with LoRA in bfloat16 and with
-            gradient checkpointing.
-        lora (`bool`, *optional*, defaults to `False`):
-            Whether to train an adapter, of rank 16 on all linear layers.
-        attn_implementation (`str`, *optional*, defaults to `"sdpa"`):
-            Attention of the model.
         batch_size (`int`, *optional*, defaults to `8`):
             Completions of an optimizer step, a multiple of 8.
         steps (`int`, *optional*, defaults to `8`):
@@ -103,30 +84,13 @@ class Setting:
             Rounds that count; one before them warms up. It is even, so that each order comes as often.
     """
 
-    model: str | None = None
-    shape: str | None = field(default=None, metadata={"choices": list(SHAPES)})
-    lora: bool = False
-    attn_implementation: str = "sdpa"
     batch_size: int = 8
     steps: int = 8
     rounds: int = 8
 
     def __post_init__(self) -> None:
-        if self.shape is not None:
-            if self.model is not None:
-                raise ValueError(f"`model={self.model!r}` and `shape={self.shape!r}` exclude each other.")
-            self.lora = True
-        for name, unit in (("batch_size", 8), ("rounds", 2)):
-            if getattr(self, name) < 1 or getattr(self, name) % unit:
-                raise ValueError(f"`{name}={getattr(self, name)}` must be a multiple of {unit}.")
-
-    @property
-    def name(self) -> str:
-        """File name of the result."""
-        model = self.shape or (Path(self.model).name if self.model else "toy")
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        attention = "" if self.attn_implementation == "sdpa" else f"_{self.attn_implementation}"
-        return re.sub(r"[^\w.]+", "-", f"{model}_{'lora' if self.lora else 'full'}{attention}_{device}").lower()
+        super().__post_init__()
+        self._must_be_multiples(batch_size=8, rounds=2)
 
 
 def make_groups(case: Case, num_completions: int) -> list[dict[str, Any]]:
@@ -164,34 +128,17 @@ def make_trainer(name: str, case: Case, setting: Setting, folder: Path) -> Train
             for group in groups
             for i in range(0, case.k, 2)
         ]
-    is_on_gpu = torch.cuda.is_available()
     args = config_class(
-        str(folder), use_cpu=not is_on_gpu, bf16=setting.shape is not None, report_to="none", save_strategy="no",
-        disable_tqdm=True, logging_steps=setting.steps, max_steps=setting.steps, learning_rate=1e-6,
-        gradient_checkpointing=setting.shape is not None, per_device_train_batch_size=rows_per_step, max_length=None,
-        train_sampling_strategy="sequential", precompute_ref_log_probs=True, **own,
+        str(folder), logging_steps=setting.steps, max_steps=setting.steps, per_device_train_batch_size=rows_per_step,
+        max_length=None, train_sampling_strategy="sequential", precompute_ref_log_probs=True, **setting.config, **own,
     )  # fmt: skip
-    tokenizer = (
-        AutoTokenizer.from_pretrained(setting.model) if setting.model else toy.make_tokenizer(toy.make_dialogues(60))
-    )
-    if setting.shape:
-        with torch.device("cuda" if is_on_gpu else "cpu"):
-            model = AutoModelForCausalLM.from_config(
-                SHAPES[setting.shape], dtype=torch.bfloat16, attn_implementation=setting.attn_implementation
-            )
-    elif setting.model:
-        model = AutoModelForCausalLM.from_pretrained(
-            setting.model, dtype="float32", attn_implementation=setting.attn_implementation
-        )
-    else:
-        model = toy.make_model(tokenizer)
-        model.set_attn_implementation(setting.attn_implementation)
+    tokenizer = setting.make_tokenizer(toy.make_dialogues(60))
     trainer = trainer_class(
-        model,
+        setting.make_model(tokenizer, folder),
         args=args,
         train_dataset=Dataset.from_list(groups),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if setting.lora else None,
+        peft_config=setting.peft_config,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -354,7 +301,7 @@ def plot(folder: Path) -> Figure:
 
 
 if __name__ == "__main__":
-    text = __doc__ + Setting.__doc__
+    text = __doc__ + ModelSetting.__doc__ + Setting.__doc__
     parser = HfArgumentParser(Setting, description=text, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=list(LENGTHS), default=list(LENGTHS))
     parser.add_argument("--output", type=Path, default=OUTPUT)

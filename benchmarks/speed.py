@@ -33,7 +33,15 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PrinterCallback, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+)
 from transformers import logging as transformers_logging
 
 from trl_lol import toy
@@ -56,9 +64,9 @@ OWN: dict[str, dict[str, Any]] = {"A-LoL": {"baseline": "none", "sampling": "uni
 
 
 @dataclass
-class Setting:
+class ModelSetting:
     """
-    What is trained, and on how much. Every method has the same.
+    What model is trained.
 
     Args:
         model (`str`, *optional*):
@@ -70,6 +78,70 @@ class Setting:
             Whether to train an adapter, of rank 16 on all linear layers.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Of the weights. With `"bfloat16"` training is in bf16, too.
+        attn_implementation (`str`, *optional*, defaults to `"sdpa"`):
+            Attention of the model.
+    """
+
+    model: str | None = None
+    shape: str | None = field(default=None, metadata={"choices": list(SHAPES)})
+    lora: bool = False
+    dtype: str = "float32"
+    attn_implementation: str = "sdpa"
+
+    def __post_init__(self) -> None:
+        if self.shape is not None:
+            if self.model is not None:
+                raise ValueError(f"`model={self.model!r}` and `shape={self.shape!r}` exclude each other.")
+            self.lora, self.dtype = True, "bfloat16"  # in full training GRPOTrainer would load a reference
+
+    def _must_be_multiples(self, **units: int) -> None:
+        for name, unit in units.items():
+            if getattr(self, name) < 1 or getattr(self, name) % unit:
+                raise ValueError(f"`{name}={getattr(self, name)}` must be a multiple of {unit}.")
+
+    @property
+    def name(self) -> str:
+        """File name of the result."""
+        model = self.shape or (Path(self.model).name if self.model else "toy")
+        attention = "" if self.attn_implementation == "sdpa" else f"_{self.attn_implementation}"
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        return re.sub(r"[^\w.]+", "-", f"{model}_{'lora' if self.lora else 'full'}{attention}_{device}").lower()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments that all trainers get."""
+        return {
+            "use_cpu": not torch.cuda.is_available(), "bf16": self.dtype == "bfloat16", "report_to": "none",
+            "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": self.shape is not None,
+            "learning_rate": 1e-6,
+        }  # fmt: skip
+
+    @property
+    def peft_config(self) -> LoraConfig | None:
+        """Adapter to train."""
+        return LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if self.lora else None
+
+    def make_tokenizer(self, dialogues: Dataset) -> PreTrainedTokenizerBase:
+        """The model's, or the embedded world's from these dialogues."""
+        return AutoTokenizer.from_pretrained(self.model) if self.model else toy.make_tokenizer(dialogues)
+
+    def make_model(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
+        """The policy. The embedded world's is saved in `folder`, since GRPOTrainer loads its reference from there."""
+        settings = {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attn_implementation}
+        if self.shape:
+            with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+                return AutoModelForCausalLM.from_config(SHAPES[self.shape], **settings)
+        if self.model is None:
+            toy.make_model(tokenizer).save_pretrained(folder / "policy")
+        return AutoModelForCausalLM.from_pretrained(self.model or folder / "policy", **settings)
+
+
+@dataclass
+class Setting(ModelSetting):
+    """
+    On how much. Every method has the same.
+
+    Args:
         prompt_tokens (`int`, *optional*):
             Tokens of each prompt. If `None`, the embedded world's dialogues are trained on.
         completion_tokens (`int`, *optional*, defaults to `48`):
@@ -82,10 +154,6 @@ class Setting:
             Rounds that count; one before them warms up. It is even, so that each order comes as often.
     """
 
-    model: str | None = None
-    shape: str | None = field(default=None, metadata={"choices": list(SHAPES)})
-    lora: bool = False
-    dtype: str = "float32"
     prompt_tokens: int | None = None
     completion_tokens: int = 48
     batch_size: int = 8
@@ -93,37 +161,24 @@ class Setting:
     rounds: int = 8
 
     def __post_init__(self) -> None:
-        if self.shape is not None:
-            if self.model is not None:
-                raise ValueError(f"`model={self.model!r}` and `shape={self.shape!r}` exclude each other.")
-            self.lora, self.dtype = True, "bfloat16"  # in full training GRPOTrainer would load a reference
-        for name, unit in (("batch_size", GROUP), ("steps", PASSES), ("rounds", 2)):
-            if getattr(self, name) < 1 or getattr(self, name) % unit:
-                raise ValueError(f"`{name}={getattr(self, name)}` must be a multiple of {unit}.")
-
-    @property
-    def name(self) -> str:
-        """File name of the result."""
-        model = self.shape or (Path(self.model).name if self.model else "toy")
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        return re.sub(r"[^\w.]+", "-", f"{model}_{'lora' if self.lora else 'full'}_{device}").lower()
+        super().__post_init__()
+        self._must_be_multiples(batch_size=GROUP, steps=PASSES, rounds=2)
 
 
 def make_trainer(name: str, setting: Setting, folder: Path) -> Trainer:
     """The trainer of a method, on tokens that are the same for all methods of its kind."""
     method = METHODS[name]
     dialogues = toy.make_dialogues(setting.steps * setting.batch_size // GROUP, answers_per_prompt=GROUP)
-    tokenizer = AutoTokenizer.from_pretrained(setting.model) if setting.model else toy.make_tokenizer(dialogues)
+    tokenizer = setting.make_tokenizer(dialogues)
     groups = [(row["prompt"], row["completions"]) for row in dialogues]
     if setting.prompt_tokens:  # one token each
         groups = [(" a" * setting.prompt_tokens, [" b" * setting.completion_tokens] * GROUP)] * len(groups)
     k = {"CoPG": GROUP, "DPO": 2}.get(method.trainer, 1)
-    config = {
-        "use_cpu": not torch.cuda.is_available(), "bf16": setting.dtype == "bfloat16", "report_to": "none",
-        "save_strategy": "no", "disable_tqdm": True, "logging_steps": setting.steps, "max_steps": setting.steps,
-        "gradient_checkpointing": setting.shape is not None, "learning_rate": 1e-6,
+    config = setting.config | {
+        "logging_steps": setting.steps,
+        "max_steps": setting.steps,
         "per_device_train_batch_size": setting.batch_size // k,
-    }  # fmt: skip
+    }
     if method.is_online:
         config |= {
             "num_iterations": PASSES, "num_generations": 2, "shuffle_dataset": False, "beta": 0.05,
@@ -134,11 +189,11 @@ def make_trainer(name: str, setting: Setting, folder: Path) -> Trainer:
         config |= {"max_length": None, "train_sampling_strategy": "sequential"}
         config |= {} if method.trainer == "SFT" else {"precompute_ref_log_probs": True}
     trainer = method.trainer_class(
-        _make_policy(setting, tokenizer, folder),
+        setting.make_model(tokenizer, folder),
         args=method.config_class(str(folder), **{**method.settings, **config, **OWN.get(name, {})}),
         train_dataset=Dataset.from_list(_rows(method.trainer, groups, k)),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if setting.lora else None,
+        peft_config=setting.peft_config,
         **({"reward_funcs": _reward} if method.is_online else {}),
     )
     trainer.remove_callback(PrinterCallback)
@@ -153,15 +208,6 @@ def _rows(trainer: str, groups: list[tuple[Any, list]], k: int) -> list[dict[str
         return [{"prompt": prompt, "completions": answers, "rewards": rewards} for prompt, answers in parts]
     columns = ("chosen", "rejected") if trainer == "DPO" else ("completion",)  # online, the reference of DR-PO
     return [{"prompt": prompt, **dict(zip(columns, answers, strict=True))} for prompt, answers in parts]
-
-
-def _make_policy(setting: Setting, tokenizer: Any, folder: Path) -> torch.nn.Module:
-    if setting.shape:
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            return AutoModelForCausalLM.from_config(SHAPES[setting.shape], dtype=torch.bfloat16)
-    if setting.model is None:  # saved, since GRPOTrainer loads its reference from there
-        toy.make_model(tokenizer).save_pretrained(folder / "policy")
-    return AutoModelForCausalLM.from_pretrained(setting.model or folder / "policy", dtype=setting.dtype)
 
 
 def _reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
@@ -346,7 +392,7 @@ def table(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    text = __doc__ + Setting.__doc__
+    text = __doc__ + ModelSetting.__doc__ + Setting.__doc__
     parser = HfArgumentParser(Setting, description=text, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=COMPARED)
     parser.add_argument("--output", type=Path, default=OUTPUT)

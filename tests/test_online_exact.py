@@ -107,11 +107,16 @@ def loss_and_gradient(trainer: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, 
     return loss.detach(), gradient
 
 
-def assert_same(a: tuple[Tensor, dict[str, Tensor]], b: tuple[Tensor, dict[str, Tensor]], **tolerance: float) -> None:
-    torch.testing.assert_close(a[0], b[0], check_dtype=False, **tolerance)
+def assert_same(a: tuple[Tensor, dict[str, Tensor]], b: tuple[Tensor, dict[str, Tensor]], rtol: float = 1e-5) -> None:
+    """
+    The same loss and gradient. A gradient is held against the largest entry of its tensor: a small entry is a sum of
+    large terms, and how much of their rounding is left in it depends on the processor.
+    """
+    torch.testing.assert_close(a[0], b[0], check_dtype=False, rtol=rtol, atol=0)
     assert a[1].keys() == b[1].keys()
-    for name in a[1]:
-        torch.testing.assert_close(a[1][name], b[1][name], **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+    for name, expected in b[1].items():
+        atol = rtol * expected.abs().max().item()
+        torch.testing.assert_close(a[1][name], expected, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
 # --- By hand
@@ -361,7 +366,7 @@ def test_leave_one_out_by_hand(build: Callable[..., Any], trainer_class: type, b
     expected = whiten(rows) if whitened else rows
     torch.testing.assert_close(batch["advantages"].double(), padded(expected), **CLOSE)
     inputs = off_policy(batch)
-    assert_same(loss_and_gradient(trainer, inputs), loss_by_hand(trainer, inputs), **CLOSE)
+    assert_same(loss_and_gradient(trainer, inputs), loss_by_hand(trainer, inputs))
     assert "value_loss" not in trainer._metrics["train"] and "explained_variance" not in trainer._metrics["train"]
 
 
@@ -386,7 +391,7 @@ def test_losses_and_metrics_by_hand(build: Callable[..., Any], trainer_class: ty
     trainer = build(trainer_class, **kwargs)
     batch = roll_out(trainer)
     inputs = off_policy(batch)
-    assert_same(loss_and_gradient(trainer, inputs), loss_by_hand(trainer, inputs), **CLOSE)
+    assert_same(loss_and_gradient(trainer, inputs), loss_by_hand(trainer, inputs))
 
     metrics = trainer._metrics["train"]
     for name, tokens in losses_by_hand(trainer, inputs).items():
@@ -478,7 +483,7 @@ def test_ppo_is_trls_clip(
     of_value_head = {name: gradient.pop(name) for name in list(gradient) if "value_head" in name}
     assert of_value_head and all((g == 0).all() for g in of_value_head.values())
     expected = loss_and_gradient(trls, inputs)
-    assert_same((loss, gradient), expected, rtol=1e-6, atol=1e-7)
+    assert_same((loss, gradient), expected, rtol=2e-6)
     assert max(g.abs().max() for g in gradient.values()) > 1e-2
     for name in ("low_mean", "high_mean", "region_mean"):
         fraction = ours._metrics["train"][f"clip_ratio/{name}"]
@@ -499,7 +504,7 @@ def test_one_advantage_per_completion_is_that_of_all_its_tokens(
         loss_and_gradient(trainer, batch | {"advantages": a})
         for a in (column, column.expand(batch["loss_mask"].shape))
     )
-    assert_same(one, all_, rtol=0, atol=0)
+    assert_same(one, all_, rtol=0)
     assert abs(one[0] - loss_and_gradient(trainer, batch)[0]) > 1e-3  # control
 
 
@@ -533,7 +538,7 @@ def test_rows_left_out_reach_neither_loss_nor_gradient(
         return other
 
     for garbage in (math.nan, math.inf, 1e4):
-        assert_same(loss_and_gradient(trainer, replaced(left_out, garbage)), reference, rtol=0, atol=0)
+        assert_same(loss_and_gradient(trainer, replaced(left_out, garbage)), reference, rtol=0)
     # Control: of rows that are trained on it is felt
     assert abs(loss_and_gradient(trainer, replaced([3, 5], 0.5))[0] - reference[0]) > 1e-3
 
@@ -633,7 +638,7 @@ def test_padding_changes_nothing(
         longer[name] = x if not x.dim() or name.startswith("prompt") else pad(x, (0, 3), value=fill)
     assert longer["loss_mask"].shape == (8, 9)
     reference = loss_and_gradient(trainer, inputs)
-    assert_same(loss_and_gradient(trainer, longer), reference, rtol=1e-6, atol=1e-6)
+    assert_same(loss_and_gradient(trainer, longer), reference, rtol=2e-6)
     for name in ("loss_mask", "value_mask"):  # control: as tokens they would count
         longer[name] = longer[name].clone()
         longer[name][:, -1] = 1
@@ -736,7 +741,7 @@ def test_a_second_trainer_takes_over_the_model(build: Callable[..., Any]) -> Non
     assert torch.equal(moved["ref_per_token_logps"], batch["ref_per_token_logps"])
     assert (moved["old_per_token_logps"] - batch["old_per_token_logps"]).abs().max() > 0.1
     inputs = off_policy(moved)
-    assert_same(loss_and_gradient(second, inputs), loss_by_hand(second, inputs), **CLOSE)
+    assert_same(loss_and_gradient(second, inputs), loss_by_hand(second, inputs))
 
 
 # --- vLLM
@@ -863,5 +868,5 @@ def test_evaluation_by_hand(build: Callable[..., Any]) -> None:
         [sum(row) / len(row) for row in advantages[-4:]], rel=1e-4
     )
     inputs = off_policy(batch)
-    assert_same(loss_and_gradient(trainer, inputs), loss_by_hand(trainer, inputs), **CLOSE)
+    assert_same(loss_and_gradient(trainer, inputs), loss_by_hand(trainer, inputs))
     assert trainer._metrics["eval"]["policy_loss"] and not trainer._metrics["train"]

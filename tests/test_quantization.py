@@ -269,13 +269,13 @@ def flat(rows: Any) -> list[float]:
 
 @BOTH
 def test_qlora_with_a_cached_reference_equals_a_live_one(build_qlora, trainer_class):
-    settings = {"learning_rate": 1e-3, "per_device_train_batch_size": 8}
+    settings = {**SGD, "per_device_train_batch_size": 8}
     live = build_qlora(trainer_class, output_dir="live", **settings)
     cached = build_qlora(trainer_class, output_dir="cached", precompute_ref_log_probs=True, **settings)
     assert "ref_logps" in cached.train_dataset.column_names and live.ref_model is cached.ref_model is None
-    (live_losses, live_weights), (cached_losses, cached_weights) = run(live), run(cached)
+    (live_losses, live_weights), (cached_losses, cached_weights) = (run(keep_in_float32(x)) for x in (live, cached))
     assert live_losses == pytest.approx(cached_losses, rel=1e-5)
-    assert distance(live_weights, cached_weights) <= 1e-4
+    assert distance(live_weights, cached_weights) <= 1e-6
     # Control: with another reference for the first completion of each row the losses differ
     cached.train_dataset = cached.train_dataset.map(
         lambda row: {"ref_logps": [[x - 0.05 for x in row["ref_logps"][0]], *row["ref_logps"][1:]]}
