@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from accelerate.utils import is_compiled_module
 from conftest import LORA, logged
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -48,6 +49,19 @@ def test_first_log_ratio_is_zero(build, tmp_path, tiny_model):
     trainer = build(output_dir=tmp_path / "control", max_steps=1, ref_model=tiny_model(seed=9))
     trainer.train()
     assert abs(logged(trainer, "logratio/mean")[0]) > 1e-3
+
+
+def test_compiled_with_a_reference_of_its_own(build, tmp_path):
+    """Both models are wrapped, and train as plain ones do. The compiler itself, which takes long, is left out."""
+    plain = build(output_dir=tmp_path / "plain", max_steps=2)
+    compiled = build(torch_compile=True, max_steps=2)
+    with torch.compiler.set_stance("force_eager"):
+        for trainer in (plain, compiled):
+            trainer.train()
+    assert is_compiled_module(compiled.ref_model) and is_compiled_module(compiled.model_wrapped)
+    assert not is_compiled_module(plain.ref_model)
+    assert logged(compiled, "loss") == logged(plain, "loss")
+    assert logged(compiled, "logratio/mean")[1] != 0
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])

@@ -288,11 +288,16 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
 
     # ---- Reference policy ----
 
+    @property
+    def _reference_model(self) -> PreTrainedModel:
+        """The reference policy, or the policy that holds it. (`or` would ask a compiled model for its length.)"""
+        return self.ref_model if self.ref_model is not None else self.model
+
     @cached_property
     def _reference_key(self) -> tuple:
         """What the reference's outputs depend on. First read before training, when the policy is the reference."""
         return (
-            *model_key(self.accelerator.unwrap_model(self.ref_model or self.model)),
+            *model_key(self.accelerator.unwrap_model(self._reference_model)),
             self.accelerator.mixed_precision,
         )
 
@@ -302,7 +307,7 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
         The policy or its frozen reference to be read, without wrappers, the reference without the policy's adapter.
         Within it, the other one is off limits.
         """
-        read = self.ref_model if is_reference and self.ref_model is not None else self.model
+        read = self._reference_model if is_reference else self.model
         with ExitStack() as stack:
             if read is self.model:
                 stack.enter_context(placed_policy(self))
@@ -363,7 +368,7 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
                 ]
                 batch = self._prepare_inputs(self.data_collator(examples))
                 scored = completion_tokens(batch).bool().cpu()
-                batch_logps = self.compute_ref_log_probs(self.ref_model or self.model, batch).cpu()
+                batch_logps = self.compute_ref_log_probs(self._reference_model, batch).cpu()
                 logps += [row[kept] for row, kept in zip(batch_logps, scored, strict=True)]
             by_member = dict(gather_object(list(zip(members, logps, strict=True))))
             sequences = [by_member[member] for member in sorted(by_member)]
@@ -481,7 +486,7 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
         mask, logps = completion_tokens(inputs), by_completion(outputs.log_probs)
         ref_logps = inputs.get("ref_logps")
         if ref_logps is None:
-            ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            ref_logps = self.compute_ref_log_probs(self._reference_model, inputs)
 
         loss, metrics = self._loss(logps, ref_logps, mask, inputs)
         if self.aux_loss_enabled:
