@@ -252,7 +252,8 @@ def table(folder: Path) -> str:
         "over paired rounds, lowest and highest; *share* is speed-up over ideal; *beside DPO* how many times as long "
         "TRL's DPOTrainer takes on the same completions in pairs. Memory is the peak of a process of its own, over "
         "what it holds before the trainer is made. Ragged lengths are drawn between half of these and half as much "
-        "again; the ideal knows no padding. With k = 1 it is A-LoL.",
+        "again; the ideal knows no padding. CoPG takes two completions at least: with k = 1 it is A-LoL. `batch_size` "
+        "counts completions. The rows are synthetic, with prompts and completions of the lengths said.",
         "",
         "![Speed-up against the length of prompts](speed.png)",
     ]

@@ -207,7 +207,10 @@ def same_seed(bench: Bench) -> Measured:
 
 
 def resumed(bench: Bench) -> Measured:
-    """Two epochs of at least 4 steps. The control reads the data from its beginning, in the epoch that it is in."""
+    """
+    Two epochs of at least 4 steps; the whole run writes a checkpoint after each, and the others write none. The
+    control reads the data from its beginning, in the epoch that it is in.
+    """
     settings = {
         "learning_rate": 1e-2, "optim": "adamw_torch", "lr_scheduler_type": "linear", "num_train_epochs": 2,
         "max_steps": -1, "save_strategy": "steps", "save_steps": 1, "seed": 3,
@@ -216,7 +219,7 @@ def resumed(bench: Bench) -> Measured:
     whole = bench.train("whole", **settings)
     half = whole.steps // 2
     assert half >= 4 and whole.steps == 2 * half
-    found = {}
+    found, settings = {}, settings | {"save_strategy": "no"}
     places = {"middle of epoch 1": half // 2, "end of epoch 1": half, "middle of epoch 2": half * 3 // 2}
     for where, step in places.items():
         shutil.copytree(bench.folder / "whole" / f"checkpoint-{step}", bench.folder / where / f"checkpoint-{step}")

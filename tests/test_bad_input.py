@@ -175,6 +175,14 @@ def test_what_a_trainer_says(build_trainer, build_online_trainer, tmp_path, trai
     assert not leftovers(tmp_path)
 
 
+@pytest.mark.parametrize("trainer_class", OFFLINE + ONLINE)
+def test_a_model_that_is_wrapped_already(build_trainer, build_online_trainer, tiny_model, trainer_class):
+    build = build_online_trainer if trainer_class in ONLINE else build_trainer
+    settings = {"train_dataset": rows(**PROMPTS if trainer_class in ONLINE else PAIRS)}
+    with pytest.raises(ValueError, match=r"made by `torch\.compile`.* Pass the model itself.* `torch_compile=True`"):
+        build(trainer_class, model=torch.compile(tiny_model()), **settings)
+
+
 def test_what_is_left_is_found(tmp_path):
     """Control."""
     save_file({"x": torch.zeros(3)}, tmp_path / "whole.safetensors")

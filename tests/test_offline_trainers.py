@@ -54,14 +54,25 @@ def test_first_log_ratio_is_zero(build, tmp_path, tiny_model):
 def test_compiled_with_a_reference_of_its_own(build, tmp_path):
     """Both models are wrapped, and train as plain ones do. The compiler itself, which takes long, is left out."""
     plain = build(output_dir=tmp_path / "plain", max_steps=2)
-    compiled = build(torch_compile=True, max_steps=2)
+    plain.train()
+    compiled = build(torch_compile=True, max_steps=2)  # and with it what is made of trainers that are there already
     with torch.compiler.set_stance("force_eager"):
-        for trainer in (plain, compiled):
-            trainer.train()
+        compiled.train()
     assert is_compiled_module(compiled.ref_model) and is_compiled_module(compiled.model_wrapped)
     assert not is_compiled_module(plain.ref_model)
     assert logged(compiled, "loss") == logged(plain, "loss")
     assert logged(compiled, "logratio/mean")[1] != 0
+
+
+def test_tokens_are_counted_as_trainer_counts_them(build, tmp_path):
+    """What is logged is up to the step that has ended, whoever counts. The control counts padding, too."""
+    runs = {}
+    for counts in ("no", "non_padding", "all"):
+        trainer = build(output_dir=tmp_path / counts, include_num_input_tokens_seen=counts, max_steps=3)
+        trainer.train()
+        runs[counts] = logged(trainer, "num_tokens")
+    assert runs["no"] == runs["non_padding"] and 0 < runs["no"][0] < runs["no"][1]
+    assert all(a > b for a, b in zip(runs["all"], runs["no"], strict=True))
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from accelerate.utils import is_compiled_module
 from conftest import LORA, SGD, cpu_args, distance, logged, run
 from datasets import Dataset
 from hypothesis import given, settings
@@ -23,11 +24,13 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     MixtralConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3NextConfig,
+    RwkvConfig,
 )
 
 from trl_lol import ALoLConfig, ALoLTrainer, CoPGConfig, CoPGTrainer
@@ -345,6 +348,7 @@ def test_copg_trains_as_with_repeated_prompts(build, tmp_path, settings):
     assert set(layouts) == {True}
     assert losses == pytest.approx(expected, abs=1e-6)
     assert distance(weights, expected_weights) <= 1e-6
+    assert set(logged(shared, "shared_prompts")) == {1.0} and logged(repeated, "shared_prompts") == []
     for name in ("rewards/accuracies", "logratio/mean", "logps/mean", "entropy", "mean_token_accuracy"):
         # At the first step all log-ratios are ties, which rounding breaks
         assert logged(shared, name)[1:] == pytest.approx(logged(repeated, name)[1:], abs=1e-4), name
@@ -479,13 +483,17 @@ def test_the_trainer_tries_policy_and_reference(build, tiny_model):
         (partial(make_model, "mistral", sliding_window=40), 41, "`sliding_window=40`.* 41:.*at most 40"),
         (partial(make_model, "gemma3", sliding_window=16), 17, "`sliding_window=16`"),
         (lambda: make_model(BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=2), "eager"), 9, "counts"),
+        (lambda: make_model(RwkvConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2), "eager"), 9,
+         "a state from token to token"),
+        (lambda: make_model(MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1), "eager"), 9,
+         "layers of type linear_attention"),
         (lambda: make_model(Qwen3NextConfig(**SIZES, num_experts=2)), 9, "layers of type linear_attention"),
         (lambda: get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)), 9,
          "PromptTuningConfig.* adds virtual tokens"),
         (lambda: get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5])), 9,
          "acts from some token"),
     ],
-    ids=["window", "some windows", "no positions", "recurrent", "virtual tokens", "activated lora"],
+    ids=["window", "some windows", "no positions", "state", "recurrent", "some", "virtual tokens", "activated lora"],
 )  # fmt: skip
 def test_architectures_that_cannot(model, longest, message):
     with pytest.raises(ValueError, match=message):
@@ -593,6 +601,20 @@ def test_models_that_are_compiled_get_a_plain_mask(build, tiny_model):
     assert not trainer.data_collator.is_dense
     compiled.model.layers[0].compile(backend="eager")
     assert build(shared_prompts=True, model=compiled, max_steps=1).data_collator.is_dense
+
+
+def test_compiled_models_are_trained_as_others(build, tmp_path):
+    """Without the compiler itself, which takes long."""
+    expected, weights = run(build(shared_prompts=True, max_steps=2, output_dir=tmp_path / "plain"))
+    trainer = build(shared_prompts=True, max_steps=2, torch_compile=True)
+    with torch.compiler.set_stance("force_eager"):
+        losses, _ = run(trainer)
+    assert is_compiled_module(trainer.model_wrapped) and trainer.data_collator.is_dense
+    assert losses == pytest.approx(expected, abs=1e-6)
+    assert set(logged(trainer, "shared_prompts")) == {1.0}
+    trainer.save_model()
+    saved = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir)
+    assert max((p - weights[name]).abs().max() for name, p in saved.named_parameters()) <= 1e-6
 
 
 def test_tf32_is_no_single_precision(build, tiny_model):

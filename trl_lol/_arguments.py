@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from accelerate.utils import is_compiled_module
 from transformers.trainer_utils import SaveStrategy
 
 from ._cache import check_writable
@@ -27,6 +28,8 @@ def resolve_args(args: Any | None, config_class: type, model: Any, trainer_class
 
     Raises:
         `TypeError`: If `args` is of another class.
+        `ValueError`: If the model is wrapped by `torch.compile`. Its weights would be saved under names that nothing
+            loads, and TRL would load the reference from the model's name.
         `OSError`: If there are to be checkpoints, and nothing can be written to the output directory.
     """
     if args is None:
@@ -36,6 +39,11 @@ def resolve_args(args: Any | None, config_class: type, model: Any, trainer_class
         raise TypeError(
             f"`args` is of type {type(args).__name__}. {trainer_class.__name__} expects {config_class.__name__}: "
             "replacing the class name is enough for all arguments that mean something to both."
+        )
+    if is_compiled_module(model):
+        raise ValueError(
+            f"`model` is a {type(model).__name__} made by `torch.compile`, whose weights would be saved under names "
+            "that `from_pretrained` does not find. Pass the model itself, and set `torch_compile=True`."
         )
     if args.should_save and args.save_strategy != SaveStrategy.NO:
         check_writable(args.output_dir)

@@ -356,16 +356,17 @@ def check_architecture(model: nn.Module, longest: int) -> None:
             '(`model_init_kwargs={"attn_implementation": "sdpa"}`).'
         )
     name = type(model).__name__
-    if "position_ids" not in inspect.signature(type(model).forward).parameters or getattr(config, "alibi", False):
-        raise ValueError(
-            f"{name} counts positions by itself, and with `shared_prompts=True` they start again at each completion. "
-            f"{otherwise} for this model."
-        )
     layers = {str(kind) for column in LAYER_TYPES for kind in getattr(config, column, None) or []}
     if odd := sorted(layers - ATTENTION_LAYERS):
         raise ValueError(
             f"{name} has layers of type {', '.join(odd)}, which carry from one completion to the next when they "
             f"are in one row, as with `shared_prompts=True`. {otherwise} for this model."
+        )
+    if "position_ids" not in inspect.signature(type(model).forward).parameters or getattr(config, "alibi", False):
+        raise ValueError(
+            f"{name} does not go by `position_ids`: it counts positions by itself, or carries a state from token to "
+            "token. With `shared_prompts=True` a row holds several completions, and each starts again after the "
+            f"prompt. {otherwise} for this model."
         )
     if layers and layers <= {"attention", "full_attention"}:
         return

@@ -85,7 +85,7 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
         args = resolve_args(args, self._config_class, model, type(self))
         self.cache_dir = Path(args.output_dir) / "_cache"  # what begins with "_" is not pushed to the Hub
         self.reward_funcs = reward_funcs if isinstance(reward_funcs, list | None) else [reward_funcs]
-        if compute_metrics is not None and self._min_completions > 1:
+        if compute_metrics is not None and self._trains_on_groups:
             raise ValueError(
                 "`compute_metrics` gets one sequence per row, and here a row is a group of them. Leave it out, and "
                 "evaluate with `GenerationEvalCallback` or the logged metrics."
@@ -158,7 +158,7 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
                 f"`shared_prompts=True` needs the whole dataset, to try the layout on its longest group, and the "
                 f"{dataset_name} dataset is an `IterableDataset`. Set it to `False`, or pass a `Dataset`."
             )
-        needs_grouping = self._min_completions > 1 and has_single_completions(columns)
+        needs_grouping = self._trains_on_groups and has_single_completions(columns)
         if needs_grouping and not is_map_style:
             raise ValueError(
                 f"The {dataset_name} dataset is an `IterableDataset` with one completion per row, and completions of "
@@ -383,6 +383,10 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
 
     # ---- Shared prompts ----
 
+    @property
+    def _trains_on_groups(self) -> bool:
+        return self._min_completions > 1
+
     def _model_kwargs(self, inputs: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Any]:
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         attention = attention_kwargs(inputs, model, self._is_compiled)
@@ -400,17 +404,20 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
 
     def _share_prompts(self) -> None:
         """Have prompts shared up to the length of the longest sequence, whose group the layout is tried on."""
-        trains_on_groups = self._min_completions > 1
-        if trains_on_groups and self.aux_loss_enabled:
+        longest, example = self._longest_group()
+        models = [
+            self.accelerator.unwrap_model(model, keep_torch_compile=False)
+            for model in (self.model, self.ref_model)
+            if model is not None
+        ]
+        for model in models:
+            check_architecture(model, longest)
+        if self._trains_on_groups and self.aux_loss_enabled:
             raise ValueError(
                 "The load-balancing loss of a mixture of experts counts the tokens of each sequence, and with "
                 "`shared_prompts=True` those of a prompt count once. Set `shared_prompts=False`, or "
                 "`router_aux_loss_coef=0.0`."
             )
-        longest, example = self._longest_group()
-        models = [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model) if m is not None]
-        for model in models:
-            check_architecture(model, longest)
         collator = self.data_collator
         collator.max_shared_length = longest
         configs = [model.config.get_text_config() for model in models]
@@ -421,7 +428,7 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
         repeated, shared = (self._prepare_inputs(collator.collate([example], share)) for share in (False, True))
         # Engines can call a policy beside its reference only once it is trained
         has_engine = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        for is_reference in (True,) if has_engine or not trains_on_groups else (True, False):
+        for is_reference in (True,) if has_engine or not self._trains_on_groups else (True, False):
             # With weights in single precision it can be tried exactly, whatever training is to be in
             with self._reading(is_reference) as model, torch.autocast(model.device.type, enabled=False):
 
@@ -499,16 +506,22 @@ class _OfflineRewardTrainer(WholeCheckpointsMixin, DPOTrainer):
         metrics["logps/mean"] = logps.sum(1)
         metrics["logratio/mean"] = (logps - ref_logps).sum(1)
         metrics["rewards/mean"] = inputs["rewards"]
+        if self.args.shared_prompts and self._trains_on_groups:
+            metrics["shared_prompts"] = mask.new_tensor(float("branch_index" in inputs))
         self._log_means(metrics, mode)
         if mode == "train" and self.args.include_num_input_tokens_seen == "no":  # otherwise Trainer counts
             num_tokens = self.accelerator.reduce(inputs["attention_mask"].sum(), reduction="sum").item()
             self.state.num_input_tokens_seen += num_tokens // self._tp_size  # checkpoints keep it
-        self._metrics[mode]["num_tokens"] = [self.state.num_input_tokens_seen]
 
         if return_outputs:  # for `compute_metrics`; the fused head builds no logits
             with torch.no_grad():
                 outputs = model(**{name: value for name, value in kwargs.items() if name != "labels"})
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if metrics := self._metrics["train" if self.model.training else "eval"]:
+            metrics["num_tokens"] = [self.state.num_input_tokens_seen]  # now, since Trainer counts after the loss
+        super().log(logs, start_time)
 
     def _log_means(self, metrics: dict[str, Tensor], mode: str) -> None:
         """Log the mean of each tensor over its elements and the ranks, with one collective for all."""
