@@ -55,8 +55,8 @@ def test_compiled_with_a_reference_of_its_own(build, tmp_path):
     """Both models are wrapped, and train as plain ones do. The compiler itself, which takes long, is left out."""
     plain = build(output_dir=tmp_path / "plain", max_steps=2)
     plain.train()
-    compiled = build(torch_compile=True, max_steps=2)  # and with it what is made of trainers that are there already
     with torch.compiler.set_stance("force_eager"):
+        compiled = build(torch_compile=True, max_steps=2)  # accelerate's state is shared: `plain` has to be done
         compiled.train()
     assert is_compiled_module(compiled.ref_model) and is_compiled_module(compiled.model_wrapped)
     assert not is_compiled_module(plain.ref_model)

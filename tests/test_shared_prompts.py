@@ -606,8 +606,8 @@ def test_models_that_are_compiled_get_a_plain_mask(build, tiny_model):
 def test_compiled_models_are_trained_as_others(build, tmp_path):
     """Without the compiler itself, which takes long."""
     expected, weights = run(build(shared_prompts=True, max_steps=2, output_dir=tmp_path / "plain"))
-    trainer = build(shared_prompts=True, max_steps=2, torch_compile=True)
     with torch.compiler.set_stance("force_eager"):
+        trainer = build(shared_prompts=True, max_steps=2, torch_compile=True)
         losses, _ = run(trainer)
     assert is_compiled_module(trainer.model_wrapped) and trainer.data_collator.is_dense
     assert losses == pytest.approx(expected, abs=1e-6)

@@ -225,6 +225,7 @@ def test_constructor():
         "_precompute_ref_logps": "(self, dataset, name, batch_size)",
         "_compute_loss": "(self, model, inputs, return_outputs)",
         "_get_train_sampler": "(self, train_dataset=None)",
+        "log": "(self, logs, start_time=None)",
     }.items(),
 )
 def test_overridden_methods(name, expected):
@@ -245,6 +246,7 @@ def test_no_other_method_is_overridden():
         "_precompute_ref_logps",
         "_compute_loss",
         "_get_train_sampler",
+        "log",
     }
 
 
